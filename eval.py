@@ -1,0 +1,269 @@
+"""Generate images with MAR or LazyMAR, and score them: FID, Inception Score, seconds and FLOPs per image.
+
+    torchrun --nproc_per_node=2 eval.py --num_images 50000 --eval_bsz 128 --num_iter 64 --lazy_mar
+    python eval.py --model mar_tiny --num_images 2000 --eval_bsz 100
+
+The same command continues a run that was cut off, on any number of processes; `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from models import MAR, PRESETS, AutoencoderKL, ImageNoise, cast_model, count_flops, create_model, sample_tokens
+from util import environment
+from util.checkpoint import LoadedWeights, load_weights
+from util.distributed import Job, command_line, launch
+from util.errors import InputError
+from util.images import contact_sheet, encode_png, to_uint8
+from util.memory import check_memory, out_of_memory_explained
+from util.options import Options, check, parse_options
+from util.progress import Progress
+from util.run_folder import Batch, RunFolder
+from util.scoring import Extractor, Statistics, load_extractor, score
+from util.threads import Writers, map_images
+
+SHEET_IMAGES = 80  # on the contact sheet: 8 of each class where there are 10
+VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
+
+
+def evaluate(job: Job, options: Options) -> dict:
+    """Generate those of a run's images that are missing, and score all of them.
+
+    Returns what `metrics.json` holds, on all ranks.
+
+    Raises:
+        InputError: something that the user can put right.
+    """
+    # What can go wrong goes wrong before long work.
+    options = check(options)
+    device = environment.choose_device(options.device, job.local_rank)
+    dtype = environment.choose_dtype(options.dtype, device)
+    settings = options.settings(device, dtype)
+    extractor = reference = None
+    if options.score:  # rank 0 goes first: it may have to download the extractor's weights
+        extractor = job.in_turn(lambda: load_extractor(options.preset.features, options.inception_weights, device))
+        reference = Statistics.load(options.statistics, extractor.features_dim)
+    run = RunFolder(
+        path=options.output_dir,
+        num_images=options.num_images,
+        batch_size=options.eval_bsz,
+        image_size=options.shape.img_size,
+        extractor=extractor and f"{extractor.kind} {environment.weights_digest(extractor.network)}",
+        saved=lambda index: options.save_images or index < SHEET_IMAGES,
+    )
+    job.share(lambda: run.prepare(settings, overwrite=options.overwrite))
+    check_memory(options.shape, options.eval_bsz, options.cfg, options.cache, dtype, device)
+    model, vae, weights = load_models(options, device, dtype)
+
+    def begin() -> list[int]:
+        settings.update({f"sha256 of {name}": loaded.sha256() for name, loaded in weights.items()})
+        run.prepare(settings)
+        return run.begin(settings, environment.describe(device))
+
+    unfinished = job.share(begin)
+    done = run.num_images - sum(len(run.indices(number)) for number in unfinished)
+    job.print0(f"{run.path}: {done:,} of {run.num_images:,} images are there")
+    if options.class_labels is None and options.num_images % options.shape.class_num:
+        job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
+    batches = generate(job.claim(unfinished), run, model, vae, options)
+    save(job, add_features(batches, extractor), run, done)
+    job.gather(None)  # waits for the other ranks
+
+    def finish() -> dict:
+        metrics = summarise(run, options, reference, extractor)
+        metrics.update(settings=settings, environment=environment.describe(device))
+        write_sheet(run, options)
+        run.write("metrics.json", json.dumps(metrics, indent=2).encode())
+        return metrics
+
+    return job.share(finish)
+
+
+def load_models(
+    options: Options, device: torch.device, dtype: torch.dtype
+) -> tuple[MAR, AutoencoderKL, dict[str, LoadedWeights]]:
+    """MAR, its VAE, and where their weights came from."""
+    with torch.device("meta"):
+        model, vae = create_model(options.model), AutoencoderKL(**options.preset.vae).eval()
+
+    def identify(shapes: dict) -> str | None:
+        width = shapes.get("class_emb.weight", [0])[-1]
+        return next(
+            (name for name, preset in PRESETS.items() if preset.architecture["encoder_embed_dim"] == width), None
+        )
+
+    weights = {
+        options.model: load_weights(model, options.resume, what=options.model, device=device, identify=identify),
+        "the VAE": load_weights(vae, options.vae_path, what="the VAE", device=device, ignore_prefixes=["loss."]),
+    }
+    return cast_model(model, dtype), vae, weights
+
+
+# Making images
+
+
+def generate(
+    numbers: Iterable[int], run: RunFolder, model: MAR, vae: AutoencoderKL, options: Options
+) -> Iterator[Batch]:
+    """Make the images of each batch, unless all of them are there and only its record was lost."""
+    device, labels, first = model.mask_token.device, torch.tensor(options.labels()), True
+    for number in numbers:
+        batch = run.known(number)
+        batch.pixels = run.read_pixels(number)
+        if batch.pixels is None:
+            batch = Batch(number, run.indices(number), first=first, worker=environment.where(device))
+            with out_of_memory_explained(options.eval_bsz):
+                start = time.perf_counter()
+                latents = sample_tokens(
+                    model,
+                    labels[batch.indices.start : batch.indices.stop],
+                    num_iter=options.num_iter,
+                    cfg=options.cfg,
+                    cfg_schedule=options.cfg_schedule,
+                    temperature=options.temperature,
+                    num_sampling_steps=options.num_sampling_steps,
+                    cache=options.cache,
+                    noise=ImageNoise(model, options.seed, batch.indices, options.num_sampling_steps, device),
+                )
+                check_finite(latents, "latents", batch.indices)  # waits for the device
+                sampled = time.perf_counter()
+                images = decode(vae, latents / model.latent_scale)
+                check_finite(images, "decoded pixels", batch.indices)
+                batch.pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            batch.sample_seconds, batch.decode_seconds = sampled - start, time.perf_counter() - sampled
+            first = False
+        yield batch
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] float32, in about [-1, 1], of the VAE's latents [B, C, h, w]."""
+
+    @torch.inference_mode()
+    def decode_part(part: torch.Tensor) -> torch.Tensor:
+        return vae.decode(part.float())
+
+    return torch.cat(map_images(decode_part, latents))
+
+
+def check_finite(values: torch.Tensor, what: str, indices: range) -> None:
+    broken = [index for index, finite in zip(indices, values.isfinite().flatten(1).all(dim=1).tolist()) if not finite]
+    if broken:
+        names = ", ".join(map(str, broken[:10])) + ", ..." * (len(broken) > 10)
+        raise InputError(
+            f"the {what} of images {names} are not finite: try --dtype float32, or other weights (--resume)"
+        )
+
+
+def add_features(batches: Iterable[Batch], extractor: Extractor | None) -> Iterator[Batch]:
+    """Add what FID and IS are computed from, taken from the very pixels that the PNGs hold."""
+    for batch in batches:
+        if extractor is not None:
+            start = time.perf_counter()
+            pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2).to(extractor.device)
+            features, logits = zip(*map_images(extractor, pixels))
+            batch.features, batch.logits = torch.cat(features).cpu().numpy(), torch.cat(logits).cpu().numpy()
+            batch.score_seconds = time.perf_counter() - start
+        yield batch
+
+
+def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
+    """Write batches in the background as they come, and show the progress of all ranks from `done` images on.
+
+    Raises `Stopped` if a signal has ended `batches` early, once what was in flight is safe.
+    """
+    progress = Progress(run.num_images, done, enabled=job.rank == 0)
+    job.on_tick = lambda: progress.update(done + job.all_done())
+    start = time.perf_counter()
+
+    def write(batch: Batch) -> None:
+        run.save(batch)
+        job.count(len(batch.indices))
+
+    writers = Writers()
+    try:
+        try:
+            for batch in batches:
+                writers.submit(write, batch)
+        finally:
+            writers.flush()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {error.filename or run.path}: {error.strerror}; nothing written before is damaged, and "
+            f"once that is put right, this goes on: {command_line()}"
+        ) from error
+    finally:
+        job.on_tick = lambda: None
+        progress.close(done + job.all_done())
+        print(f"rank {job.rank}: {job.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
+    job.check_stop()
+
+
+# When all are made
+
+
+def summarise(run: RunFolder, options: Options, reference: Statistics | None, extractor: Extractor | None) -> dict:
+    """Score a run, print a short table, and return the numbers by name."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while lost := run.unfinished():
+        if time.monotonic() > deadline:
+            raise InputError(f"{run.path} has lost the batches {lost}; this makes them again: {command_line()}")
+        time.sleep(1)
+    batches = [run.read(number) for number in run.batch_numbers()]
+    flops = count_flops(
+        options.shape,
+        num_iter=options.num_iter,
+        cfg=options.cfg,
+        num_sampling_steps=options.num_sampling_steps,
+        cache=options.cache,
+    )
+    metrics = {"num_images": run.num_images, "flops_per_image": flops.total, "flops_by_part": flops._asdict()}
+    table = [f"images           {run.num_images:,} of {options.model}{', LazyMAR' * bool(options.cache)}"]
+    if extractor is not None:
+        features = torch.from_numpy(np.concatenate([batch.features for batch in batches]))
+        logits = torch.from_numpy(np.concatenate([batch.logits for batch in batches]))
+        scores = score(features, logits, reference)
+        metrics.update(scores.metrics(extractor.kind), notes=scores.notes)
+        table.append(scores.table(extractor.kind))
+
+    # A process's first batch pays for what later ones find ready, so it counts only where there is no other.
+    timed = [batch for batch in batches if not math.isnan(batch.sample_seconds)]
+    timed = [batch for batch in timed if not batch.first] or timed
+    if timed:
+        count = sum(len(batch.indices) for batch in timed)
+        sampling = sum(batch.sample_seconds for batch in timed) / count
+        decoding = sum(batch.decode_seconds for batch in timed) / count
+        metrics["seconds_per_image"] = sampling + decoding
+        metrics.update(sampling_seconds=sampling, decoding_seconds=decoding, timed_images=count)
+        table.append(f"s per image      {sampling + decoding:.3f} (sampling {sampling:.3f}, decoding {decoding:.3f})")
+    images_by_worker = Counter()
+    for batch in batches:
+        images_by_worker[batch.worker] += len(batch.indices)
+    metrics["images_by_worker"] = images_by_worker
+    table += [f"TFLOPs per image {flops.total / 1e12:.4g}", f"written to       {run.path}"]
+    print("\n".join(table), flush=True)
+    return metrics
+
+
+def write_sheet(run: RunFolder, options: Options) -> None:
+    """`grid.png`: the first images, by class, or all the chosen ones as they were asked for."""
+    labels, shown = options.labels(), range(min(SHEET_IMAGES, run.num_images))
+    if options.class_labels is None:
+        shown = sorted(shown, key=lambda index: labels[index])
+    run.write("grid.png", encode_png(contact_sheet([run.read_image(index) for index in shown])))
+
+
+def main(job: Job) -> None:
+    evaluate(job, parse_options(__doc__.partition("\n")[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main))

@@ -1,0 +1,37 @@
+"""MAR, its presets, and the caching sampler."""
+
+from __future__ import annotations
+
+from models.flops import count_flops
+from models.mar import MAR, cast_model
+from models.plan import CachePolicy
+from models.presets import PRESETS, Preset
+from models.sampling import ImageNoise, sample_tokens
+from models.vae import AutoencoderKL
+
+__all__ = [
+    "MAR",
+    "PRESETS",
+    "AutoencoderKL",
+    "CachePolicy",
+    "ImageNoise",
+    "Preset",
+    "cast_model",
+    "count_flops",
+    "create_model",
+    "sample_tokens",
+]
+
+
+def create_model(name: str, **overrides) -> MAR:
+    """A preset's network in eval mode, with random weights.
+
+    Args:
+        name:      a key of `PRESETS`.
+        overrides: constructor fields of `MAR` that replace the preset's.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
+    return MAR(**{**PRESETS[name].architecture, **overrides}).eval()

@@ -1,0 +1,109 @@
+"""The diffusion head: an MLP that predicts noise for one token, given the transformer's condition for it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(x + shift, x, scale)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the original timestep (0..999), cosines first, through a two-layer MLP."""
+
+    num_frequencies = 128
+    max_period = 10000
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Embeddings [N, width] of `timesteps` [N]; the sinusoids are float32, as the weights were trained."""
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=timesteps.device)
+        frequencies = torch.exp(-math.log(self.max_period) * exponents / self.num_frequencies)
+        angles = timesteps[:, None].float() * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class ResidualBlock(nn.Module):
+    """x + gate * mlp(modulated norm of x), with shift, scale and gate from the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm without parameters, then the linear map to eps and v."""
+
+    def __init__(self, width: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiffusionHead(nn.Module):
+    """Noise predictor: noisy tokens [N, C], timesteps [N] and conditions [N, D] to [N, 2C], eps and v."""
+
+    def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.time_embed = TimestepEmbedding(width)
+        self.cond_embed = nn.Linear(condition_dim, width)
+        self.input_proj = nn.Linear(token_dim, width)
+        self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * token_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier, with modulations at zero, so that every block starts as the identity, and eps = x at the output.
+
+        That is the answer at the noisiest timestep, where sampling forgives an error least. It takes a norm that is
+        nearly linear in x: the first layer's bias dominates its output, and the last layer inverts the two.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in [*(block.adaLN_modulation[1] for block in self.res_blocks), self.final_layer.adaLN_modulation[1]]:
+            nn.init.zeros_(layer.weight)
+        bias, readout = nn.init.normal_(self.input_proj.bias, std=3.0), self.final_layer.linear
+        nn.init.zeros_(readout.weight)
+        with torch.no_grad():
+            bias -= bias.mean()
+            scale = bias.square().mean().sqrt()
+            token_dim = self.input_proj.in_features
+            readout.weight[:token_dim] = torch.linalg.pinv(self.input_proj.weight) * scale
+            readout.bias[:token_dim] = -readout.weight[:token_dim] @ bias / scale
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        y = self.time_embed(timesteps) + self.cond_embed(conditions)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)
+
+
+class DiffusionLoss(nn.Module):
+    """Holds the head under the name `diffloss.net` that official checkpoints give it."""
+
+    def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.net = DiffusionHead(token_dim, condition_dim, width, depth)

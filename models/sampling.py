@@ -1,0 +1,384 @@
+"""Sampling with MAR, in full or with LazyMAR's caches: the method, in one file.
+
+A run's plan (`models/plan.py`) is known before its first step, because the order of prediction is drawn up front. The
+sampler keeps all tokens in that order, so every set of rows that a step needs, known tokens, those predicted last, now
+and next, is a slice. Rows are [buffer | tokens]: P buffer rows, then L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.sampling import HeadSampler
+from models.mar import MAR, Block
+from models.plan import CachePolicy, Step, make_plan
+
+Rows = Union[slice, Tensor]  # rows of [B, R, D]: the same slice for all B, or flat numbers (b * R + row), B * n of them
+
+
+class Noise(Protocol):
+    """Where a run's randomness comes from.
+
+    orders: LongTensor [B, L], each row a permutation; tokens are predicted from its end to its beginning.
+    """
+
+    orders: Tensor
+
+    def draw(self, step: int, num_tokens: int) -> Tensor:
+        """[num_sampling_steps + 1, B, num_tokens, C] for a step's tokens in ascending position: start, then per step."""
+
+
+class ImageNoise:
+    """Noise that depends on each image's seed alone: not on its batch, its place in it, or the number of processes.
+
+    Args:
+        model:              the network to be sampled from.
+        seed:               of the run.
+        indices:            [B] numbers of the images, at least 0.
+        num_sampling_steps: of the diffusion head.
+        device:             where noise is drawn; another kind of device draws other noise from the same seed.
+    """
+
+    def __init__(
+        self,
+        model: MAR,
+        seed: int,
+        indices: Sequence[int],
+        num_sampling_steps: int = 100,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.token_dim, self.num_draws, self.device = model.token_dim, num_sampling_steps + 1, torch.device(device)
+        # One seed for the order, then one per autoregressive step, of which there are at most as many as tokens.
+        seeds = [
+            np.random.SeedSequence([seed, int(index)]).generate_state(1 + model.seq_len, "u8") for index in indices
+        ]
+        self.step_seeds = [[int(value >> np.uint64(1)) for value in row] for row in seeds]
+        generator = torch.Generator()
+        self.orders = torch.stack(
+            [torch.randperm(model.seq_len, generator=generator.manual_seed(row[0])) for row in self.step_seeds]
+        )
+
+    def draw(self, step: int, num_tokens: int) -> Tensor:
+        noise = torch.empty(self.num_draws, len(self.step_seeds), num_tokens, self.token_dim, device=self.device)
+        generator = torch.Generator(self.device)
+        for image, seeds in enumerate(self.step_seeds):
+            generator.manual_seed(seeds[1 + step])
+            shape = (self.num_draws, num_tokens, self.token_dim)
+            noise[:, image] = torch.randn(shape, generator=generator, device=self.device)
+        return noise
+
+
+# Rows and their caches
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """The given rows of `x` [B, R, D]."""
+    if isinstance(rows, slice):
+        return x[:, rows]
+    return x.flatten(0, 1).index_select(0, rows).unflatten(0, (len(x), -1))
+
+
+def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """Row numbers [B, n] as numbers over all B * num_rows rows."""
+    return (rows + num_rows * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
+
+
+class RowCache:
+    """Rows that outlive their step: tensors [B, num_rows, D], written where they changed."""
+
+    def __init__(self, count: int, like: Tensor, num_rows: int) -> None:
+        self.tensors = [like.new_empty(len(like), num_rows, like.shape[-1]) for _ in range(count)]
+
+    def update(self, rows: Rows, *new: Tensor) -> list[Tensor]:
+        """Write one tensor of new rows into each cached one; returns these, of as many sequences, whole."""
+        whole = [cached[: len(source)] for cached, source in zip(self.tensors, new)]
+        for cached, source in zip(whole, new):
+            if isinstance(rows, slice):
+                cached[:, rows] = source
+            else:
+                cached.flatten(0, 1).index_copy_(0, rows, source.flatten(0, 1))
+        return whole
+
+
+class TokenCache:
+    """What the transformer's steps pass on about tokens, for the halves that lazy steps compute.
+
+    encoder: per block, keys and values.
+    decoder: per block behind the prune layer, keys and values.
+    values:  the prune layer's values at the previous step.
+    """
+
+    def __init__(self, model: MAR, num_sequences: int) -> None:
+        num_rows = model.buffer_size + model.seq_len
+        encoder_rows = model.fake_latent.expand(num_sequences, 1, -1)
+        decoder_rows = model.mask_token.expand(num_sequences, 1, -1)
+        self.encoder = [RowCache(2, encoder_rows, num_rows) for _ in model.encoder_blocks]
+        self.decoder = [RowCache(2, decoder_rows, num_rows) for _ in model.decoder_blocks]
+        self.values: Tensor | None = None
+
+
+class ConditionCache(NamedTuple):
+    """The last block's output difference [B, n, D], unconditional - conditional, for the tokens from `start` on."""
+
+    start: int
+    difference: Tensor
+
+
+class Transformer:
+    """Computes the conditions of each step in turn, from the tokens known so far."""
+
+    def __init__(self, model: MAR, class_labels: Tensor, positions: Tensor, guided: bool, policy: CachePolicy | None):
+        self.model, self.policy = model, policy
+        self.num_images = len(class_labels)
+        self.halves = 2 if guided else 1
+        self.positions = positions.repeat(self.halves, 1)
+        no_class = model.fake_latent.expand(self.num_images, -1)
+        self.class_embedding = torch.cat([model.class_emb(class_labels), no_class])[: self.halves * self.num_images]
+        self.num_rows = model.buffer_size + model.seq_len
+
+        self.lazy_halves = 1 if policy is not None and policy.condition_cache else self.halves
+        self.condition_cache: ConditionCache | None = None
+        self.token_cache: TokenCache | None = None
+        if policy is not None and policy.token_cache:
+            if policy.prune_layer >= len(model.decoder_blocks):
+                raise ValueError(f"prune_layer must be below the decoder's {len(model.decoder_blocks)} blocks")
+            self.token_cache = TokenCache(model, self.lazy_halves * self.num_images)
+        self.decoder_input = self._masked_decoder_input()
+
+    def __call__(self, step: Step, tokens: Tensor) -> Tensor:
+        """Conditions [B, k, D], or [2B, k, D] under guidance (conditional half first), of the step's k tokens."""
+        return self.decode(step, self.encode(step, tokens))
+
+    def encode(self, step: Step, tokens: Tensor) -> Tensor:
+        """The encoder's output at the buffer and the step's new tokens, from all tokens [B, L, C]."""
+        new, sequences, changed = self._new_tokens(step)
+        new_tokens = tokens[:, new].repeat(len(sequences) // self.num_images, 1, 1)
+        x = self.model.encoder_input(self.class_embedding[: len(sequences)], new_tokens, sequences[:, new])
+        num_known = self.model.buffer_size + step.start
+        for number, block in enumerate(self.model.encoder_blocks):
+            queries, *keys_values = block.attn.queries_keys_values(block.norm1(x))
+            if self._reuses_tokens(step):
+                cached = self.token_cache.encoder[number].update(changed, *keys_values)
+                keys_values = [rows[:, :num_known] for rows in cached]
+            elif self.token_cache is not None:
+                self.token_cache.encoder[number].update(slice(num_known), *map(self._cached, keys_values))
+            x = block.finish(x, queries, *keys_values)
+        return self.model.encoder_norm(x)
+
+    def decode(self, step: Step, encoded: Tensor) -> Tensor:
+        """The step's conditions, from what `encode` returned for it."""
+        new, sequences, changed = self._new_tokens(step)
+        block = self.model.decoder_blocks[0]
+        x = self.model.decoder_input(encoded, sequences[:, new])
+        x, *projections = self.decoder_input.update(changed, x, *block.attn.queries_keys_values(block.norm1(x)))
+        decoded = self._both_halves(step, self._decoder_blocks(step, x, projections))
+        return self.model.conditions(decoded, self.positions[:, step.start : step.stop])
+
+    def _reuses_tokens(self, step: Step) -> bool:
+        return not step.refresh and self.token_cache is not None
+
+    def _new_tokens(self, step: Step) -> tuple[slice, Tensor, Tensor]:
+        """What a step computes: the tokens that the network has not seen yet, the positions [B or 2B, L] of the sequences
+        it runs, and the flat numbers of the rows that change, which are those of the buffer and the new tokens."""
+        new = slice(step.previous if self._reuses_tokens(step) else 0, step.start)
+        sequences = self.positions[: (self.halves if step.refresh else self.lazy_halves) * self.num_images]
+        row_numbers = torch.arange(self.num_rows, device=sequences.device)
+        buffer, tokens = row_numbers.split([self.model.buffer_size, self.model.seq_len])
+        changed = torch.cat([buffer, tokens[new]])
+        return new, sequences, flat_rows(changed.expand(len(sequences), -1), self.num_rows)
+
+    def _masked_decoder_input(self) -> RowCache:
+        """Input, queries, keys and values of the first decoder block before any token is known.
+
+        A row's are computed again only when it changes; a masked token's depend on its position alone.
+        """
+        block = self.model.decoder_blocks[0]
+        x = self.model.masked_input(torch.arange(self.model.seq_len, device=self.positions.device))  # [L, D]
+        cache = RowCache(4, x.expand(len(self.positions), -1, -1), self.num_rows)
+        tokens = slice(self.model.buffer_size, self.num_rows)
+        cache.update(tokens, *(rows[self.positions] for rows in (x, *block.attn.queries_keys_values(block.norm1(x)))))
+        return cache
+
+    def _cached(self, x: Tensor) -> Tensor:
+        """The sequences of `x` whose rows lazy steps go on from."""
+        return x[: self.lazy_halves * self.num_images]
+
+    def _decoder_blocks(self, step: Step, x: Tensor, projections: Sequence[Tensor]) -> Tensor:
+        """The last block's output at the rows that are read before the next refresh, [B, horizon - start, D].
+
+        `x` and `projections` are the first block's input and its queries, keys and values, all rows of them.
+        """
+        blocks, cache = self.model.decoder_blocks, self.token_cache
+        first_token = self.model.buffer_size
+        read: Rows = slice(first_token + step.start, first_token + step.horizon)
+        kept: Rows | None = None  # the rows of x, once pruned
+        prunes = step.num_kept < self.num_rows
+
+        for number, block in enumerate(blocks):
+            at_prune_layer = cache is not None and number == self.policy.prune_layer
+            narrows = (at_prune_layer and prunes) or block is blocks[-1]
+            if number > 0:
+                normed = block.norm1(x)
+                if narrows:  # only some rows go on: queries are computed when these are known
+                    projections = [None, *block.attn.keys_values(normed)]
+                else:
+                    projections = block.attn.queries_keys_values(normed)
+            queries, *keys_values = projections
+
+            rows: Rows | None = None
+            if at_prune_layer:
+                values = self._cached(keys_values[1])
+                if prunes:
+                    kept = rows = self._select_rows(step, block, values)
+                self.token_cache.values = values.clone()  # the first block's are a cache that the next step overwrites
+            elif cache is not None and number > self.policy.prune_layer:
+                if kept is not None:
+                    keys_values = cache.decoder[number].update(kept, *keys_values)
+                else:
+                    cache.decoder[number].update(slice(None), *map(self._cached, keys_values))
+            if block is blocks[-1]:
+                rows = read if kept is None or rows is kept else slice(step.stop - step.start)
+            if rows is not None:
+                x = take(x, rows)
+                queries = take(queries, rows) if queries is not None else block.attn.queries(take(normed, rows))
+            x = block.finish(x, queries, *keys_values)
+        return x
+
+    def _select_rows(self, step: Step, block: Block, values: Tensor) -> Tensor:
+        """Flat numbers of the rows to keep: those predicted now, at the previous step, and the least similar others.
+
+        Similarity is the cosine between a row's value now and at the previous step, averaged over heads.
+        """
+        first_token = self.model.buffer_size
+        dtype = torch.promote_types(values.dtype, torch.float32)  # similarities near 1 would tie in half precision
+        now, before = (block.attn.split_heads(rows.to(dtype)) for rows in (values, self.token_cache.values))
+        similarity = F.cosine_similarity(now, before, dim=-1).mean(dim=-1)  # [B, R]
+        always = slice(first_token + step.previous, first_token + step.stop)
+        similarity[:, always] = math.inf
+        others = similarity.topk(step.num_kept - (always.stop - always.start), largest=False).indices
+        numbers = torch.arange(always.start, always.stop, device=values.device).roll(step.stop - step.start)
+        return flat_rows(torch.cat([numbers.expand(len(values), -1), others], dim=1), self.num_rows)
+
+    def _both_halves(self, step: Step, decoded: Tensor) -> Tensor:
+        """The step's rows of `decoded`, with the unconditional half from the condition cache where it was not computed."""
+        num_tokens = step.stop - step.start
+        if self.lazy_halves == self.halves:
+            return decoded[:, :num_tokens]
+        if step.refresh:
+            conditional, unconditional = decoded.chunk(2)
+            self.condition_cache = ConditionCache(step.start, unconditional - conditional)
+            return decoded[:, :num_tokens]
+        start, difference = self.condition_cache
+        return torch.cat([decoded, decoded + difference[:, step.start - start : step.stop - start]])
+
+
+# The loop
+
+
+class SampledStep(NamedTuple):
+    """A finished step: its plan, conditions ([2B or B, k, D], ascending positions) and the tokens [B, k, C] it made."""
+
+    step: Step
+    conditions: Tensor
+    tokens: Tensor
+
+
+def sample_steps(
+    model: MAR,
+    class_labels: Tensor,
+    *,
+    num_iter: int,
+    cfg: float,
+    cfg_schedule: str,
+    temperature: float,
+    num_sampling_steps: int,
+    cache: CachePolicy | None,
+    noise: Noise,
+    latents: Tensor,
+) -> Iterator[SampledStep]:
+    """Like `sample_tokens`, one step at a time; `latents` [B, C, h, w] is filled when the last step is done."""
+    device, weight_dtype = model.mask_token.device, model.mask_token.dtype
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, cfg_schedule, cache)
+    guided = cfg != 1
+    # Tokens in the order of prediction, those of one step in ascending position.
+    order = noise.orders.to(device).flip(1)
+    positions = torch.cat([order[:, step.start : step.stop].sort(dim=1).values for step in plan], dim=1)
+    tokens = torch.zeros(*positions.shape, model.token_dim, dtype=latents.dtype, device=device)
+
+    transformer = Transformer(model, class_labels, positions, guided, cache)
+    head = HeadSampler(model.diffloss.net, num_sampling_steps, temperature, guided, cache, latents.dtype)
+    for step in plan:
+        num_tokens = step.stop - step.start
+        conditions = transformer(step, tokens.to(weight_dtype))
+        draws = noise.draw(step.index, num_tokens).to(device, latents.dtype)
+        sampled = head(conditions.flatten(0, 1), draws.flatten(1, 2), step.cfg).unflatten(0, (-1, num_tokens))
+        tokens[:, step.start : step.stop] = sampled
+        yield SampledStep(step, conditions, sampled)
+    in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
+    latents.copy_(model.unpatchify(in_raster_order))
+
+
+def sample_tokens(
+    model: MAR,
+    class_labels: Tensor,
+    *,
+    num_iter: int = 64,
+    cfg: float = 3.25,
+    cfg_schedule: str = "linear",
+    temperature: float = 1.0,
+    num_sampling_steps: int = 100,
+    cache: CachePolicy | None = None,
+    noise: Noise | None = None,
+) -> Tensor:
+    """Sample latents for the given classes.
+
+    Args:
+        model:              the network; its device and dtype are used.
+        class_labels:       LongTensor [B].
+        num_iter:           autoregressive steps, 1 to the number of tokens.
+        cfg, cfg_schedule:  guidance scale (1: none) and "linear" or "constant".
+        temperature:        scales the noise of the diffusion steps.
+        num_sampling_steps: of the diffusion head, 2 to 1000.
+        cache:              LazyMAR's policy, or None for the baseline.
+        noise:              the source of randomness; `ImageNoise` of seed 0 and images 0..B-1 if None.
+
+    Returns:
+        Latents [B, C, h, w] at unit scale (`model.latent_scale` times the VAE's): float64 for a float64 model,
+        otherwise float32.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+    device = model.mask_token.device
+    class_labels = class_labels.to(device)
+    if class_labels.ndim != 1 or len(class_labels) < 1:
+        raise ValueError("class_labels must be a LongTensor [B] of at least one label")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
+    if noise is None:
+        noise = ImageNoise(model, 0, range(len(class_labels)), num_sampling_steps, device)
+    dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
+    side = model.grid_size * model.patch_size
+    latents = torch.empty(len(class_labels), model.vae_embed_dim, side, side, dtype=dtype, device=device)
+    with torch.inference_mode():
+        for _ in sample_steps(
+            model,
+            class_labels,
+            num_iter=num_iter,
+            cfg=cfg,
+            cfg_schedule=cfg_schedule,
+            temperature=temperature,
+            num_sampling_steps=num_sampling_steps,
+            cache=cache,
+            noise=noise,
+            latents=latents,
+        ):
+            pass
+    return latents

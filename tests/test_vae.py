@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.vae import AutoencoderKL, DiagonalGaussian
+
+SMALL = {"embed_dim": 4, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
+
+
+def made_up(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal numbers that depend on the name alone."""
+    seed = zlib.crc32(f"vae/{name}".encode())
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype("float32"))
+
+
+def made_up_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    r = made_up(name, shape)
+    if len(shape) == 4:
+        return r / r[0].numel() ** 0.5
+    return 0.1 * r if name.endswith("bias") else 1 + 0.1 * r
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "data" / "vae.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def kl16() -> AutoencoderKL:
+    vae = AutoencoderKL().eval()
+    vae.load_state_dict({name: made_up_weight(name, tuple(value.shape)) for name, value in vae.state_dict().items()})
+    return vae
+
+
+@pytest.fixture
+def small() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(**SMALL)
+
+
+def test_parameter_names_are_those_of_the_published_weights(kl16, reference):
+    assert sorted(kl16.state_dict()) == sorted(reference["names"].tolist())
+    assert kl16.stride == 16
+
+
+@torch.inference_mode()
+def test_decode_equals_the_reference(kl16, reference):
+    image = kl16.decode(made_up("z", (1, 16, 16, 16)))
+    torch.testing.assert_close(image, torch.from_numpy(reference["image"]), rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_encode_equals_the_reference(kl16, reference):
+    posterior = kl16.encode(0.5 * made_up("x", (1, 3, 256, 256)))
+    moments = torch.from_numpy(reference["moments"])
+    torch.testing.assert_close(posterior.parameters, moments, rtol=0, atol=1e-4)
+    torch.testing.assert_close(posterior.mean, moments[:, :16], rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_lower_precision_and_channels_last_stay_close_to_float64(small, dtype, memory_format):
+    x = 0.5 * made_up("small", (2, 3, 32, 32)).double()
+    exact = small.double()
+    moments = exact.encode(x).parameters
+    image = exact.decode(exact.encode(x).mean)
+
+    vae = small.to(dtype=dtype, memory_format=memory_format)
+    posterior = vae.encode(x.to(dtype=dtype, memory_format=memory_format))
+    decoded = vae.decode(posterior.mean)
+
+    assert vae.stride == 2
+    assert posterior.parameters.shape == (2, 8, 16, 16)
+    assert posterior.sample().shape == posterior.mean.shape == (2, 4, 16, 16)
+    assert decoded.shape == x.shape
+    assert decoded.dtype == posterior.sample().dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    assert relative_error(posterior.parameters, moments) < limit
+    assert relative_error(decoded, image) < limit
+
+
+def test_gradient_reaches_every_parameter(small):
+    x = 0.5 * made_up("train", (2, 3, 32, 32))
+    posterior = small.encode(x)
+    loss = (small.decode(posterior.sample()) - x).square().mean() + 1e-6 * posterior.kl().mean()
+    loss.backward()
+    without = [name for name, p in small.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_training_lowers_the_reconstruction_error(small):
+    x = made_up("train", (4, 3, 1, 1)).tanh().expand(-1, -1, 32, 32)
+    optimizer = torch.optim.Adam(small.parameters(), lr=1e-3)
+    errors = []
+    for _ in range(20):
+        error = (small.decode(small.encode(x).sample()) - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kl_agrees_with_torch_distributions(dtype):
+    parameters = made_up("kl", (3, 8, 16, 16)).to(dtype)
+    posterior = DiagonalGaussian(parameters)
+    mean, logvar = parameters.double().chunk(2, dim=1)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (0.5 * logvar).exp()),
+        torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)),
+    )
+    torch.testing.assert_close(posterior.kl().double(), exact.sum(dim=(1, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_samples_follow_the_posterior_and_the_generator():
+    mean, logvar = torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), -2.0)
+    posterior = DiagonalGaussian(torch.cat([mean, logvar], dim=1))
+    first, again, other = (posterior.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.mean().item() == pytest.approx(3.0, abs=0.01)
+    assert first.var().item() == pytest.approx(np.exp(-2.0), rel=0.05)
+
+
+def test_log_variance_is_clamped():
+    posterior = DiagonalGaussian(torch.tensor([0.0, 0.0, -100.0, 100.0]).view(1, 4, 1, 1))
+    assert posterior.logvar.flatten().tolist() == [-30.0, 20.0]
+
+
+def test_wrong_widths_and_image_sizes_are_refused(small):
+    with pytest.raises(ValueError, match="multiple of 32"):
+        AutoencoderKL(ch=48)
+    with pytest.raises(ValueError, match="multiples of 2, not 32 x 31"):
+        small.encode(torch.zeros(1, 3, 32, 31))

@@ -1,0 +1,239 @@
+"""Train a small MAR and what it needs: `python train.py vae`, `python train.py mar`, `python train.py classifier`.
+
+Each continues where it was stopped when called again, and ends by writing the averaged weights as safetensors.
+The shipped `mar_tiny` was made by these commands with their defaults; another model needs an entry in
+`models/presets.py` and a folder of images, one subfolder per class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion.loss import HybridLoss
+from diffusion.schedule import NUM_TRAIN_STEPS
+from models import MAR, PRESETS, AutoencoderKL, create_model
+from models.presets import Preset
+from util.checkpoint import load_weights, save_safetensors
+from util.errors import InputError, exits_cleanly
+from util.fashion import load_fashion_mnist
+from util.training import fit
+
+LABEL_DROPOUT = 0.1  # share of images trained without their class (MAR paper)
+NOISIEST = 70  # timesteps from which half of the head's are drawn
+
+
+def load_images(data: str, size: int) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, size, size] uint8 and labels [N] of "fashion-mnist" or of a folder with a subfolder per class."""
+    if data == "fashion-mnist":
+        if size != 32:
+            raise InputError(f"--data fashion-mnist has 32 x 32 images, but the model's are {size} x {size}")
+        return load_fashion_mnist()
+    classes = sorted(path for path in Path(data).glob("*") if path.is_dir())
+    if not classes:
+        raise InputError(f"--data {data}: no such folder, or no subfolders (one per class) in it")
+    images, labels = [], []
+    for label, folder in enumerate(classes):
+        for path in tqdm(sorted(folder.iterdir()), desc=folder.name):
+            try:
+                image = Image.open(path).convert("RGB")
+            except OSError:
+                raise InputError(f"{path} is not a readable image: remove it from --data") from None
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+            images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
+            labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 pixels to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+# The VAE
+
+
+def train_vae(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
+    """Gaussian likelihood of standard deviation `--pixel_std` and the divergence from N(0, 1), both per image."""
+    images, _ = load_images(args.data, preset.architecture.get("img_size", 256))
+    images = images.to(device)
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(**preset.vae).to(device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(images), (args.batch_size,), generator=generator, device=device)
+        x = random_flip(to_float(images[chosen]), generator)
+        with mixed_precision(device):
+            posterior = vae.encode(x)
+            decoded = vae.decode(posterior.sample(generator)).float()
+        error = (decoded - x).square().sum(dim=(1, 2, 3)) / (2 * args.pixel_std**2)
+        return (error + posterior.kl()).mean() / x[0].numel()
+
+    average = fit(vae, loss, folder=args.output_dir, steps=args.steps, lr=args.lr, weight_decay=0.0, device=device)
+    mse, std = vae_report(average, to_float(images[:2000]))
+    print(f"reconstruction: {10 * np.log10(4 / mse):.2f} dB PSNR; standard deviation of latents: {std:.3f}")
+    set_latent_std(average, std, 1 / MAR.latent_scale)
+    save_safetensors(average.state_dict(), args.output_dir / "vae.safetensors", {})
+
+
+def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    return torch.where(flip, x.flip(3), x)
+
+
+@torch.inference_mode()
+def vae_report(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
+    """Mean squared error of reconstructed `images`, and the standard deviation of latents drawn for them."""
+    errors, latents = [], []
+    for x in images.split(100):
+        posterior = vae.encode(x)
+        errors.append((vae.decode(posterior.mean) - x).square().mean())
+        latents.append(posterior.sample(torch.Generator(x.device).manual_seed(0)))
+    return torch.stack(errors).mean().item(), torch.cat(latents).std().item()
+
+
+@torch.no_grad()
+def set_latent_std(vae: AutoencoderKL, old: float, new: float) -> None:
+    """Rescale the latents in the two 1 x 1 convolutions around them, so that every model shares one latent scale."""
+    factor, z = new / old, vae.embed_dim
+    vae.quant_conv.weight[:z] *= factor
+    vae.quant_conv.bias[:z] *= factor
+    vae.quant_conv.bias[z:] += 2 * np.log(factor)
+    vae.post_quant_conv.weight /= factor
+
+
+# MAR
+
+
+def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
+    """Masked prediction on the VAE's latents (MAR paper, section 4), with more of the noisiest timesteps."""
+    images, labels = load_images(args.data, preset.architecture.get("img_size", 256))
+    torch.manual_seed(args.seed)
+    model = create_model(args.model).to(device)
+    if labels.max() >= model.class_num:
+        raise InputError(f"--data {args.data} has {labels.max() + 1} classes, but {args.model} has {model.class_num}")
+    vae = AutoencoderKL(**preset.vae)
+    load_weights(vae, args.vae_path or preset.vae_path, what="VAE")
+    moments = encode_images(vae.to(device).eval(), images).to(device) * model.latent_scale
+    labels = labels.to(device)
+    head_loss = HybridLoss(device)
+    head = torch.compile(model.diffloss.net) if args.compile else model.diffloss.net
+    transformer = torch.compile(model, dynamic=False) if args.compile else model
+    num_images, num_tokens = args.batch_size, model.seq_len
+
+    def loss(generator: torch.Generator) -> Tensor:
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=device)
+
+        chosen = torch.randint(len(labels), (num_images,), generator=generator, device=device)
+        mean, std = moments[chosen].float().chunk(2, dim=1)
+        latents = mean + std * torch.randn(mean.shape, generator=generator, device=device)
+        positions = uniform(num_images, num_tokens).argsort(dim=1)
+        num_known = num_tokens - masked_tokens(num_tokens, generator)
+        tokens = model.patchify(latents).gather(1, positions[..., None].expand(-1, -1, model.token_dim))
+        no_class = uniform(num_images, 1) < LABEL_DROPOUT
+        class_embedding = torch.where(no_class, model.fake_latent, model.class_emb(labels[chosen]))
+        with mixed_precision(device):
+            conditions = transformer(class_embedding, tokens[:, :num_known], positions)
+            # A fixed number of tokens goes to the head whatever the mask ratio: fewer masked ones repeat more often.
+            rows = torch.arange(args.head_tokens, device=device) % (num_tokens - num_known)
+            targets = tokens[:, num_known:][:, rows].flatten(0, 1)
+            conditions = conditions[:, rows].flatten(0, 1)
+            timesteps = draw_timesteps(len(targets), generator)
+            noise = torch.randn(targets.shape, generator=generator, device=device)
+            return head_loss(head, targets, conditions, timesteps, noise).mean()
+
+    average = fit(
+        model,
+        loss,
+        folder=args.output_dir,
+        steps=args.steps,
+        lr=args.lr,
+        no_weight_decay=["diffloss.", "class_emb.", "fake_latent", "mask_token", "encoder_pos", "decoder_pos"],
+        device=device,
+    )
+    save_safetensors(average.state_dict(), args.output_dir / "checkpoint-last.safetensors", {})
+
+
+@torch.inference_mode()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Mean and standard deviation of each image's latents [N, 2C, h, w], float16."""
+    device = vae.quant_conv.weight.device
+    moments = []
+    for batch in tqdm(images.split(250), desc="encoding", mininterval=10):
+        posterior = vae.encode(to_float(batch.to(device)))
+        moments.append(torch.cat([posterior.mean, torch.exp(0.5 * posterior.logvar)], dim=1).half().cpu())
+    return torch.cat(moments)
+
+
+def masked_tokens(num_tokens: int, generator: torch.Generator) -> int:
+    """How many tokens to mask: a ratio from N(1, 0.25) truncated to [0.7, 1]."""
+    below, above = (0.5 * (1 + torch.erf(torch.tensor(z / 0.25 / 2**0.5))) for z in (-0.3, 0.0))
+    quantile = below + (above - below) * torch.rand((), generator=generator, device=generator.device).cpu()
+    ratio = 1 + 0.25 * 2**0.5 * torch.erfinv(2 * quantile - 1).item()
+    return max(1, int(np.ceil(num_tokens * min(ratio, 1.0))))
+
+
+def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Half uniform, half from the noisiest: sampling starts there and multiplies the head's errors by up to 316."""
+    low = torch.zeros(count, dtype=torch.long, device=generator.device)
+    low[count // 2 :] = NUM_TRAIN_STEPS - NOISIEST
+    uniform = torch.rand(count, generator=generator, device=generator.device)
+    return low + (uniform * (NUM_TRAIN_STEPS - low)).long()
+
+
+# Command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder per class")
+    common.add_argument("--output_dir", type=Path, help="checkpoints and weights (default: output/train_STAGE)")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--seed", type=int, default=0)
+
+    def stage(name: str, run, steps: int, batch_size: int, lr: float) -> argparse.ArgumentParser:
+        sub = stages.add_parser(name, parents=[common], help=(run.__doc__ or "").splitlines()[0])
+        sub.add_argument("--model", default="mar_tiny", choices=sorted(PRESETS), help="whose architecture to train")
+        sub.add_argument("--steps", type=int, default=steps)
+        sub.add_argument("--batch_size", type=int, default=batch_size)
+        sub.add_argument("--lr", type=float, default=lr)
+        sub.set_defaults(run=run)
+        return sub
+
+    vae = stage("vae", train_vae, steps=2500, batch_size=32, lr=1e-3)
+    vae.add_argument("--pixel_std", type=float, default=0.08, help="larger: smoother latents, blurrier images")
+    mar = stage("mar", train_mar, steps=3600, batch_size=32, lr=1e-3)
+    mar.add_argument("--vae_path", help="trained VAE (default: the preset's)")
+    mar.add_argument("--head_tokens", type=int, default=256, help="tokens per image and step that train the head")
+    mar.add_argument("--compile", action="store_true", help="compile the network (minutes to start, faster steps)")
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or Path("output") / f"train_{args.stage}"
+    return args
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.run(args, PRESETS[args.model], torch.device(args.device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

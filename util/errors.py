@@ -1,0 +1,25 @@
+"""The one exception that means "the user can fix this"."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Callable
+
+
+class InputError(Exception):
+    """Bad input. The message is one sentence that names the file or flag and the way out."""
+
+
+def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a script's `main`: an `InputError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return wrapped

@@ -1,0 +1,43 @@
+"""Files that are never seen half-written, and the digest that tells one file from another."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, that file becomes `path` in one step.
+
+    Readers see the old file or the whole new one, also after a crash or a power cut. If the block raises, `path` stays
+    as it was and the temporary file is removed. Missing parent folders are made.
+
+    The temporary name ends in `.partial`, so that a search for `*.png` never finds it. A writer that picks its format
+    by the ending has to be told: `image.save(partial, format="PNG")`; `numpy.savez` has to be given an open file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
+        with partial.open("rb") as file:  # by name: the writer may itself have replaced the file
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; reads 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

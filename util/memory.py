@@ -1,0 +1,56 @@
+"""Whether a batch fits into memory: a check before, and an explanation after."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from models import MAR, CachePolicy
+from util.errors import InputError
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: those free on a GPU, all that a CPU has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(
+    model: MAR, batch_size: int, cfg: float, cache: CachePolicy | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a batch that cannot fit. `model` may be on the meta device.
+
+    The bound is a lower one: the weights, and for each image the cached keys and values, or else one block's rows.
+    """
+    rows = model.buffer_size + model.seq_len
+    if cache is not None and cache.token_cache:
+        width = sum(2 * block.attn.proj.in_features for block in [*model.encoder_blocks, *model.decoder_blocks])
+    else:
+        width = 8 * model.mask_token.shape[-1] * (1 if cfg == 1 else 2)
+    per_image = rows * width * dtype.itemsize
+    left = memory(device) - sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if batch_size * per_image > left:
+        fits = max(0, left) // per_image // 2
+        way_out = f"try --eval_bsz {fits}" if fits else "take a smaller --model"
+        raise InputError(
+            f"--eval_bsz {batch_size} does not fit into {memory(device) / 1e9:.1f} GB of memory: {way_out}"
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(batch_size: int) -> Iterator[None]:
+    """Turn PyTorch's ways to say so into an `InputError` that names the batch size to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise InputError(
+            f"out of memory at --eval_bsz {batch_size}: try --eval_bsz {max(1, batch_size // 2)}, and another "
+            "--output_dir if this one holds finished batches"
+        ) from error

@@ -1,0 +1,107 @@
+"""A resumable training loop: AdamW with warm-up and cosine decay, gradient clipping and an average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from util.errors import InputError
+from util.files import atomic_write
+
+
+def fit(
+    module: nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    *,
+    folder: Path,
+    steps: int,
+    lr: float,
+    no_weight_decay: Iterable[str] = (),
+    weight_decay: float = 0.02,
+    warmup: int = 100,
+    clip: float = 3.0,
+    ema_decay: float = 0.999,
+    save_every: float = 120.0,
+    device: torch.device,
+) -> nn.Module:
+    """Train `module` in place for `steps` optimizer steps and return the average of its weights.
+
+    Args:
+        loss:            computes one step's loss; draws everything random from the generator it is given, which
+                         depends on the step alone, so that a resumed run sees the batches of an uninterrupted one.
+        folder:          holds `training.pt`, from which the same call continues.
+        no_weight_decay: prefixes of the names of parameters without weight decay, besides biases and norms.
+        save_every:      seconds between checkpoints.
+
+    Raises InputError if the folder holds a run of another model or length, or if the loss is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "training.pt"
+    exempt = tuple(no_weight_decay)
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        (plain if parameter.ndim < 2 or (exempt and name.startswith(exempt)) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    average = copy.deepcopy(module).requires_grad_(False)
+    start = 0
+    if checkpoint.exists():
+        start = _restore(checkpoint, module, average, optimizer, steps)
+
+    def save(step: int) -> None:
+        state = {"step": step, "steps": steps, "model": module.state_dict(), "model_ema": average.state_dict()}
+        with atomic_write(checkpoint) as temporary:
+            torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+
+    generator = torch.Generator(device)
+    module.train()
+    last_save = time.monotonic()
+    recent = None
+    with tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=10) as progress:
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            value = loss(generator.manual_seed(step))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
+            optimizer.step()
+            decay = min(ema_decay, (1 + step) / (10 + step))  # forget the random start quickly
+            with torch.no_grad():
+                for target, source in zip(average.parameters(), module.parameters()):
+                    target.lerp_(source, 1 - decay)
+            if step % 10 == 0:
+                current = value.item()
+                if not math.isfinite(current):
+                    raise InputError(f"the loss became {current} at step {step}: lower --lr and start again")
+                recent = current if recent is None else recent + 0.1 * (current - recent)
+                progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
+            if time.monotonic() - last_save > save_every:
+                save(step + 1)
+                last_save = time.monotonic()
+    save(steps)
+    return average.eval()
+
+
+def _restore(checkpoint: Path, module: nn.Module, average: nn.Module, optimizer, steps: int) -> int:
+    """Load a run's state; the step to go on from."""
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["model"])
+        average.load_state_dict(state["model_ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{checkpoint} is not of this training ({reason}): choose another --output_dir") from None
+    if state["steps"] != steps:
+        raise InputError(
+            f"{checkpoint} is of a run of {state['steps']} steps: give --steps {state['steps']} to continue"
+        )
+    return state["step"]
