@@ -21,7 +21,7 @@ import torch
 from models import MAR, PRESETS, AutoencoderKL, ImageNoise, cast_model, count_flops, create_model, sample_tokens
 from util import environment
 from util.checkpoint import LoadedWeights, load_weights
-from util.distributed import Job, command_line, launch
+from util.distributed import Job, launch
 from util.errors import InputError
 from util.images import contact_sheet, encode_png, to_uint8
 from util.memory import check_memory, out_of_memory_explained
@@ -30,6 +30,7 @@ from util.progress import Progress
 from util.run_folder import Batch, RunFolder
 from util.scoring import Extractor, Statistics, load_extractor, score
 from util.threads import Writers, map_images
+from util.watch import command_line
 
 SHEET_IMAGES = 80  # on the contact sheet: 8 of each class where there are 10
 VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
@@ -76,7 +77,6 @@ def evaluate(job: Job, options: Options) -> dict:
         job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
     batches = generate(job.claim(unfinished), run, model, vae, options)
     save(job, add_features(batches, extractor), run, done)
-    job.gather(None)  # waits for the other ranks
 
     def finish() -> dict:
         metrics = summarise(run, options, reference, extractor)
@@ -178,15 +178,16 @@ def add_features(batches: Iterable[Batch], extractor: Extractor | None) -> Itera
 def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
     """Write batches in the background as they come, and show the progress of all ranks from `done` images on.
 
-    Raises `Stopped` if a signal has ended `batches` early, once what was in flight is safe.
+    Returns when all ranks are through; raises `Stopped` if a signal has ended `batches` early, once what was in
+    flight is safe.
     """
     progress = Progress(run.num_images, done, enabled=job.rank == 0)
-    job.on_tick = lambda: progress.update(done + job.all_done())
+    job.watch.on_tick = lambda: progress.update(done + job.watch.all_done())
     start = time.perf_counter()
 
     def write(batch: Batch) -> None:
         run.save(batch)
-        job.count(len(batch.indices))
+        job.watch.count(len(batch.indices))
 
     writers = Writers()
     try:
@@ -195,16 +196,17 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
                 writers.submit(write, batch)
         finally:
             writers.flush()
+            print(f"rank {job.rank}: {job.watch.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
+        job.check_stop()
+        job.gather(None)  # until the last rank is through
     except OSError as error:
         raise InputError(
             f"cannot write to {error.filename or run.path}: {error.strerror}; nothing written before is damaged, and "
             f"once that is put right, this goes on: {command_line()}"
         ) from error
     finally:
-        job.on_tick = lambda: None
-        progress.close(done + job.all_done())
-        print(f"rank {job.rank}: {job.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
-    job.check_stop()
+        job.watch.on_tick = lambda: None
+        progress.close()
 
 
 # When all are made

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -24,8 +23,11 @@ from diffusion.schedule import NUM_TRAIN_STEPS
 from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import Preset
 from util.checkpoint import load_weights, save_safetensors
+from util.classifier import CLASSIFIER_PATH, train_classifier
+from util.environment import choose_device
 from util.errors import InputError, exits_cleanly
 from util.fashion import load_fashion_mnist
+from util.scoring import Statistics, load_extractor
 from util.training import fit
 
 LABEL_DROPOUT = 0.1  # share of images trained without their class (MAR paper)
@@ -132,8 +134,6 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     moments = encode_images(vae.to(device).eval(), images).to(device) * model.latent_scale
     labels = labels.to(device)
     head_loss = HybridLoss(device)
-    head = torch.compile(model.diffloss.net) if args.compile else model.diffloss.net
-    transformer = torch.compile(model, dynamic=False) if args.compile else model
     num_images, num_tokens = args.batch_size, model.seq_len
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -149,14 +149,14 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         no_class = uniform(num_images, 1) < LABEL_DROPOUT
         class_embedding = torch.where(no_class, model.fake_latent, model.class_emb(labels[chosen]))
         with mixed_precision(device):
-            conditions = transformer(class_embedding, tokens[:, :num_known], positions)
+            conditions = model(class_embedding, tokens[:, :num_known], positions)
             # A fixed number of tokens goes to the head whatever the mask ratio: fewer masked ones repeat more often.
             rows = torch.arange(args.head_tokens, device=device) % (num_tokens - num_known)
             targets = tokens[:, num_known:][:, rows].flatten(0, 1)
             conditions = conditions[:, rows].flatten(0, 1)
             timesteps = draw_timesteps(len(targets), generator)
             noise = torch.randn(targets.shape, generator=generator, device=device)
-            return head_loss(head, targets, conditions, timesteps, noise).mean()
+            return head_loss(model.diffloss.net, targets, conditions, timesteps, noise).mean()
 
     average = fit(
         model,
@@ -176,7 +176,8 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     device = vae.quant_conv.weight.device
     moments = []
     for batch in tqdm(images.split(250), desc="encoding", mininterval=10):
-        posterior = vae.encode(to_float(batch.to(device)))
+        with mixed_precision(device):
+            posterior = vae.encode(to_float(batch.to(device)))
         moments.append(torch.cat([posterior.mean, torch.exp(0.5 * posterior.logvar)], dim=1).half().cpu())
     return torch.cat(moments)
 
@@ -197,6 +198,22 @@ def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
     return low + (uniform * (NUM_TRAIN_STEPS - low)).long()
 
 
+# The classifier that FID and IS of the small model are measured with
+
+
+def train_scorer(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
+    """The Fashion-MNIST classifier behind mar_tiny's FID and IS, and the training images' statistics."""
+    if args.data != "fashion-mnist":
+        raise InputError(f"--data {args.data}: the classifier is Fashion-MNIST's alone; leave the flag out")
+    train_classifier(
+        args.output_dir, steps=args.steps, batch_size=args.batch_size, lr=args.lr, device=device, seed=args.seed
+    )
+    extractor = load_extractor("fashion", args.output_dir / CLASSIFIER_PATH.name, device)
+    images, _ = load_images(args.data, 32)
+    features = torch.cat([extractor(batch)[0].cpu() for batch in images.split(500)])
+    Statistics.from_features(features).save(args.output_dir / Path(preset.statistics_path).name)
+
+
 # Command line
 
 
@@ -206,7 +223,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder per class")
     common.add_argument("--output_dir", type=Path, help="checkpoints and weights (default: output/train_STAGE)")
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     common.add_argument("--seed", type=int, default=0)
 
     def stage(name: str, run, steps: int, batch_size: int, lr: float) -> argparse.ArgumentParser:
@@ -223,7 +240,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     mar = stage("mar", train_mar, steps=3600, batch_size=32, lr=1e-3)
     mar.add_argument("--vae_path", help="trained VAE (default: the preset's)")
     mar.add_argument("--head_tokens", type=int, default=256, help="tokens per image and step that train the head")
-    mar.add_argument("--compile", action="store_true", help="compile the network (minutes to start, faster steps)")
+    stage("classifier", train_scorer, steps=2400, batch_size=250, lr=4e-3)
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or Path("output") / f"train_{args.stage}"
     return args
@@ -232,7 +249,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.run(args, PRESETS[args.model], torch.device(args.device))
+    for flag in ("steps", "batch_size", "lr"):
+        if not getattr(args, flag) > 0:
+            raise InputError(f"--{flag} must be above 0, not {getattr(args, flag)}")
+    args.run(args, PRESETS[args.model], choose_device(args.device))
 
 
 if __name__ == "__main__":

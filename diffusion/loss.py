@@ -27,7 +27,7 @@ class HybridLoss:
         self.table = torch.stack(rows, dim=1)  # [1000, 5]
 
     def __call__(self, head: Head, tokens: Tensor, conditions: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Loss [N] of clean `tokens` [N, C] under `conditions` [N, D], noised with `noise` [N, C] to `timesteps` [N]."""
+        """Loss [N] of `tokens` [N, C] noised with `noise` [N, C] to `timesteps` [N], under `conditions` [N, D]."""
         x_coef, eps_coef, log_beta, log_posterior, alpha_bar = self.table[timesteps].split(1, dim=1)
         noisy = alpha_bar.sqrt() * tokens + (1 - alpha_bar).sqrt() * noise
         eps, v = head(noisy, timesteps, conditions).float().chunk(2, dim=1)

@@ -33,8 +33,8 @@ class HeadCache:
 class HeadSampler:
     """Samples tokens for given conditions; made once per run.
 
-    Noisy tokens, residual stream, first and last layer and the diffusion update are in `dtype`; the blocks' products are
-    in the head's own. The first of 100 steps multiplies an error of the predicted noise by 316.
+    Noisy tokens, residual stream, first and last layer and the diffusion update are in `dtype`, the blocks' products in
+    the head's own: the first of 100 steps multiplies an error of the predicted noise by 316.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Counts the arithmetic of sampling an image: matrix products only, two operations per multiply-add, without the VAE."""
+"""Counts the arithmetic of sampling an image: its matrix products, at two operations per multiply-add."""
 
 from __future__ import annotations
 

@@ -29,19 +29,13 @@ class CachePolicy:
     prune_layer: int = _option(3, "decoder block after whose attention only the least similar rows go on")
     kept_fractions: tuple[tuple[int, float], ...] = _option(
         ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
-        "fraction of rows kept, from each listed step of 64 on (0:1.0,20:0.6,...)",
+        "fraction of rows kept, from each listed step of 64 on",
     )
     min_margin: int = _option(15, "rows kept at least, besides those predicted at this step and the one before")
-    head_refresh_interval: int = _option(
-        7, "denoising steps whose index is a multiple of this compute the head in full"
-    )
-    head_skipped_blocks: tuple[int, ...] = _option(
-        (1, 2, 3, 4), "head blocks replaced by what they last added (1,2,3,4)"
-    )
+    head_refresh_interval: int = _option(7, "denoising steps whose index is a multiple of this run the head in full")
+    head_skipped_blocks: tuple[int, ...] = _option((1, 2, 3, 4), "head blocks replaced by what they last added")
     head_warmup: float = _option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
-    token_cache: bool = _option(
-        True, "reuse token features: the encoder's keys and values, and the pruned decoder rows"
-    )
+    token_cache: bool = _option(True, "reuse token features: the encoder's keys and values, the decoder's pruned rows")
     condition_cache: bool = _option(True, "reuse the difference between the unconditional and the conditional half")
     head_cache: bool = _option(True, "reuse the diffusion head's features between denoising steps")
 
@@ -164,10 +158,9 @@ def describe(steps: list[Step], num_rows: int) -> str:
     lines = ["step  kind     known  predicts    cfg  rows kept"]
     for step in steps:
         kind = "refresh" if step.refresh else "lazy"
+        tokens = f"{step.start:5d}  {step.stop - step.start:8d}"
         share = f"{step.num_kept:4d} of {num_rows}"
-        lines.append(
-            f"{step.index:4d}  {kind:7s}  {step.start:5d}  {step.stop - step.start:8d}  {step.cfg:5.2f}  {share}"
-        )
+        lines.append(f"{step.index:4d}  {kind:7s}  {tokens}  {step.cfg:5.2f}  {share}")
     return "\n".join(lines)
 
 

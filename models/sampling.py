@@ -32,7 +32,7 @@ class Noise(Protocol):
     orders: Tensor
 
     def draw(self, step: int, num_tokens: int) -> Tensor:
-        """[num_sampling_steps + 1, B, num_tokens, C] for a step's tokens in ascending position: start, then per step."""
+        """[num_sampling_steps + 1, B, num_tokens, C] for a step's tokens, ascending: the start, then per step."""
 
 
 class ImageNoise:
@@ -185,8 +185,8 @@ class Transformer:
         return not step.refresh and self.token_cache is not None
 
     def _new_tokens(self, step: Step) -> tuple[slice, Tensor, Tensor]:
-        """What a step computes: the tokens that the network has not seen yet, the positions [B or 2B, L] of the sequences
-        it runs, and the flat numbers of the rows that change, which are those of the buffer and the new tokens."""
+        """What a step computes: the tokens that are new to the network, the positions [B or 2B, L] of the sequences it
+        runs, and the flat numbers of the rows that change, which are those of the buffer and the new tokens."""
         new = slice(step.previous if self._reuses_tokens(step) else 0, step.start)
         sequences = self.positions[: (self.halves if step.refresh else self.lazy_halves) * self.num_images]
         row_numbers = torch.arange(self.num_rows, device=sequences.device)
@@ -267,7 +267,7 @@ class Transformer:
         return flat_rows(torch.cat([numbers.expand(len(values), -1), others], dim=1), self.num_rows)
 
     def _both_halves(self, step: Step, decoded: Tensor) -> Tensor:
-        """The step's rows of `decoded`, with the unconditional half from the condition cache where it was not computed."""
+        """The step's rows of `decoded`, the unconditional half from the condition cache where it was not computed."""
         num_tokens = step.stop - step.start
         if self.lazy_halves == self.halves:
             return decoded[:, :num_tokens]

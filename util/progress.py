@@ -34,12 +34,9 @@ class Progress:
             self._last_line = time.monotonic()
             self._print_line(done)
 
-    def close(self, done: int) -> None:
+    def close(self) -> None:
         if self._bar is not None:
-            self._bar.n = done
             self._bar.close()
-        elif self._enabled:
-            self._print_line(done)
         self._enabled, self._bar = False, None
 
     def _print_line(self, done: int) -> None:

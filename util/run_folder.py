@@ -182,7 +182,7 @@ class RunFolder:
             partial.write_bytes(content)
 
     def save(self, batch: Batch) -> None:
-        """Write a batch: first its images, unless they are there, then its record."""
+        """Write a batch: first its images, then its record, each unless it is there already."""
         sizes = []
         for index, pixels in zip(batch.indices, batch.pixels):
             png = encode_png(pixels) if self.saved(index) else b""
@@ -190,6 +190,8 @@ class RunFolder:
             if png and not (_is_whole(path, len(png)) and path.read_bytes() == png):
                 self.write(f"images/{path.name}", png)
             sizes.append(len(png))
+        if self._is_finished(batch.number):
+            return
         values = {name: getattr(batch, name) for name in RECORDED if getattr(batch, name) is not None}
         record = io.BytesIO()
         np.savez(record, **values, png_bytes=np.array(sizes), extractor=np.array(self.extractor or ""))

@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up what they need, in a virtual environment of their own.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+DEMO = --model mar_tiny --num_images 200 --eval_bsz 50
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+# The embedded small model, in full and with LazyMAR, from the same seeds.
+demo: install
+	$(RUN) eval.py $(DEMO) --output_dir output/demo/baseline
+	$(RUN) eval.py $(DEMO) --output_dir output/demo/lazymar --lazy_mar
+	$(RUN) compare.py output/demo/baseline output/demo/lazymar --output output/demo/side_by_side.png
+
+test: install
+	$(RUN) -m pytest -q
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,66 @@
+"""eval.py in processes of its own, forked from one that has imported PyTorch already, as a job of several ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["eval"])
+
+
+def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["eval.py", *arguments]
+
+    import torch
+
+    import eval as program
+    from util.distributed import launch
+
+    torch.set_num_threads(1)
+    code = launch(program.main)
+    sys.stdout.flush()
+    os._exit(code)  # what a rank leaves to the interpreter's shutdown is not what is tested here
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+class Ranks:
+    """A running job. `log` collects what its ranks print."""
+
+    def __init__(self, arguments: list[str], log: Path, world_size: int = 1) -> None:
+        self.log = log
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        environments = [{**address, "RANK": str(rank)} for rank in range(world_size)] if world_size > 1 else [{}]
+        self.processes = [CONTEXT.Process(target=_rank, args=(arguments, env, str(log))) for env in environments]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """The ranks' exit codes; None for one that still runs after so many seconds, which is then killed."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()

@@ -1,0 +1,163 @@
+"""Keeps the processes of a job together: signs of life, failures and requests to stop, passed on by a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import sys
+import threading
+import time
+import uuid
+from typing import Callable
+
+import torch.distributed as dist
+
+from util.signals import StopSignals
+
+TICK_SECONDS = 1.0
+# Ticks of silence after which a rank counts as dead: while it starts, while it runs, and after a signal. torchrun
+# stops the ranks beside a dead one with SIGTERM, just as a preempted job is stopped; only the silence is different.
+STARTING, RUNNING, STOPPING = 600, 60, 5
+
+
+class Watch:
+    """One rank's view of the others.
+
+    Args:
+        root: the store of the job. It may hold what earlier starts have left, for torchrun restarts processes but not
+              its store, and its agents may count restarts differently. So rank 0 invents a name for this start, and
+              tells each process under a name that this process has invented.
+
+    Attributes:
+        store:   the part of `root` that belongs to this start; None until rank 0 has answered.
+        done:    units of work that this rank has finished; see `count`.
+        on_tick: called each second, by the thread.
+        cut_off: the store has gone.
+    """
+
+    def __init__(self, root: dist.Store, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.root, self.store = root, None
+        self.done, self._lock = 0, threading.Lock()
+        self.on_tick: Callable[[], object] = lambda: None
+        self.cut_off = self.leaving = False
+        self._name = uuid.uuid4().hex
+        self._beats: dict[int, str] = {}  # the last sign of life of the ranks that this one listens to
+        self._silence: dict[int, int] = {}  # ticks since then
+        self._failed = self._closed = False
+        self._told_to_stop: int | None = None
+        self._signals = StopSignals()
+        if rank == 0:
+            self.store = dist.PrefixStore(self._name, root)
+        else:
+            put(root, f"hello/{rank}", self._name)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The number of the signal that asks the job to stop, whichever rank received it."""
+        return self._signals.received or self._told_to_stop
+
+    def count(self, units: int) -> None:
+        """Add to `done`; any thread may call it."""
+        with self._lock:
+            self.done += units
+
+    def all_done(self) -> int:
+        """The sum of `done` over all ranks, as of about a second ago. For rank 0 only."""
+        return self.done + sum(int(beat.split()[1]) for beat in list(self._beats.values()))
+
+    def fail(self, message: str, code: int) -> None:
+        """Have the other ranks exit with `code`, and print why, unless another rank has done so."""
+        self._failed, first = True, True
+        store = self.store or self.root
+        with contextlib.suppress(RuntimeError):
+            first = store.add("failures", 1) == 1
+            put(store, "failed", str(code))
+        if first:
+            print(f"[rank {self.rank}] {message}" if self.rank else message, file=sys.stderr, flush=True)
+        if self.rank == 0 and self.world_size > 1:
+            time.sleep(2 * TICK_SECONDS)  # the store may end with this process, before the others have heard
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        self._signals.wake()
+        self._thread.join()
+
+    def release_signals(self) -> None:
+        self._signals.close()
+
+    def _run(self) -> None:
+        for tick in itertools.count():
+            self._signals.wait(TICK_SECONDS)
+            if self._closed:
+                return
+            if not self.cut_off:
+                try:
+                    self._listen(tick)
+                except RuntimeError:  # the store has gone, and with it the launcher or its machine
+                    self.cut_off = True
+                    if not (self.stop_signal or self.leaving):
+                        self._end("the connection to the job's other processes is lost")
+            self.on_tick()
+
+    def _listen(self, tick: int) -> None:
+        if self.store is None:
+            if name := peek(self.root, f"welcome/{self._name}"):
+                self.store = dist.PrefixStore(name, self.root)
+            return self._hear(0)
+        failure = peek(self.store, "failed")
+        if failure is not None and not self._failed:
+            os._exit(int(failure))
+        if self._signals.received:
+            put(self.store, "stop", str(self._signals.received))
+        elif stop := peek(self.store, "stop"):
+            self._told_to_stop = int(stop)
+        put(self.store, f"beat/{self.rank}", f"{tick} {self.done}")
+        if self.rank != 0:
+            return self._hear(0)
+        for rank in range(1, self.world_size):
+            if hello := peek(self.root, f"hello/{rank}"):
+                put(self.root, f"welcome/{hello}", self._name)
+            self._hear(rank)
+
+    def _hear(self, rank: int) -> None:
+        """Count the ticks since another rank's last sign of life, and end the job when there are too many.
+
+        Ticks instead of time, because a whole job may be suspended and go on hours later.
+        """
+        beat = peek(self.store, f"beat/{rank}") if self.store is not None else None
+        if beat is not None and beat != self._beats.get(rank):
+            self._beats[rank], self._silence[rank] = beat, 0
+            return
+        self._silence[rank] = self._silence.get(rank, 0) + 1
+        patience = STOPPING if self.stop_signal else RUNNING if rank in self._beats else STARTING
+        if self._silence[rank] > patience and not self._failed:
+            self._end(f"rank {rank} has given no sign of life for {patience} s")
+
+    def _end(self, reason: str) -> None:
+        self.fail(f"error: {reason}; to go on: {command_line()}", 1)
+        os._exit(1)
+
+
+def command_line() -> str:
+    """The command that this process was started with, as far as a process can know."""
+    launcher = "python"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        nodes, local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+        launcher = f"torchrun --nnodes={nodes} --nproc_per_node={local}"
+    return f"{launcher} {shlex.join(sys.argv)}"
+
+
+def put(store: dist.Store, key: str, value: str) -> None:
+    store.set(key, value)
+    store.add(f"{key}/count", 1)
+
+
+def peek(store: dist.Store, key: str) -> str | None:
+    """The value of `key`, or None if it is not there yet; `get` alone would wait for it."""
+    return store.get(key).decode() if store.add(f"{key}/count", 0) else None
