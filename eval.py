@@ -27,8 +27,8 @@ from util.images import contact_sheet, encode_png, to_uint8
 from util.memory import check_memory, out_of_memory_explained
 from util.options import Options, check, parse_options
 from util.progress import Progress
-from util.run_folder import Batch, RunFolder
-from util.scoring import Extractor, Statistics, load_extractor, score
+from util.run_folder import Batch, RunFolder, prepare
+from util.scoring import FEATURES_DIMS, Extractor, Statistics, load_extractor, score
 from util.threads import Writers, map_images
 from util.watch import command_line
 
@@ -49,25 +49,26 @@ def evaluate(job: Job, options: Options) -> dict:
     device = environment.choose_device(options.device, job.local_rank)
     dtype = environment.choose_dtype(options.dtype, device)
     settings = options.settings(device, dtype)
-    extractor = reference = None
-    if options.score:  # rank 0 goes first: it may have to download the extractor's weights
-        extractor = job.in_turn(lambda: load_extractor(options.preset.features, options.inception_weights, device))
-        reference = Statistics.load(options.statistics, extractor.features_dim)
+    kind = options.preset.features
+    reference = Statistics.load(options.statistics, FEATURES_DIMS[kind]) if options.score else None
+    job.share(lambda: prepare(options.output_dir, settings, overwrite=options.overwrite))
+    check_memory(options.shape, options.eval_bsz, options.cfg, options.cache, dtype, device)
+    model, vae, weights = load_models(options, device, dtype)
+    extractor = None
+    if options.score:  # rank 0 goes first: it may have to download the weights
+        extractor = job.in_turn(lambda: load_extractor(kind, options.inception_weights, device))
     run = RunFolder(
         path=options.output_dir,
         num_images=options.num_images,
         batch_size=options.eval_bsz,
         image_size=options.shape.img_size,
-        extractor=extractor and f"{extractor.kind} {environment.weights_digest(extractor.network)}",
+        extractor=extractor and f"{kind} {environment.weights_digest(extractor.network)}",
         saved=lambda index: options.save_images or index < SHEET_IMAGES,
     )
-    job.share(lambda: run.prepare(settings, overwrite=options.overwrite))
-    check_memory(options.shape, options.eval_bsz, options.cfg, options.cache, dtype, device)
-    model, vae, weights = load_models(options, device, dtype)
 
     def begin() -> list[int]:
         settings.update({f"sha256 of {name}": loaded.sha256() for name, loaded in weights.items()})
-        run.prepare(settings)
+        prepare(options.output_dir, settings)
         return run.begin(settings, environment.describe(device))
 
     unfinished = job.share(begin)

@@ -20,11 +20,10 @@ from typing import Callable, TypeVar
 import torch.distributed as dist
 
 from util.errors import InputError
-from util.watch import Watch, command_line, peek, put
+from util.watch import POLL_SECONDS, Watch, command_line, peek, put
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.1
 GOODBYE_SECONDS = 10.0
 
 
@@ -115,10 +114,6 @@ class Job:
             wait_for([f"gone/{rank}" for rank in others] if self.rank == 0 else [], GOODBYE_SECONDS)
 
     def _next_key(self) -> str:
-        # The first call has to wait for rank 0 to answer.
-        while self.watch.store is None:
-            self.check_stop()
-            time.sleep(POLL_SECONDS)
         self._calls += 1
         return f"call/{self._calls}"
 

@@ -56,7 +56,7 @@ RECORDED = [field.name for field in dataclasses.fields(Batch) if field.name not 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run. The folder need not exist before `prepare`."""
+    """The files of a run. `prepare` comes first."""
 
     path: Path
     num_images: int
@@ -80,46 +80,16 @@ class RunFolder:
 
     # Beginning and continuing
 
-    def prepare(self, settings: dict, *, overwrite: bool = False) -> None:
-        """Make the folder, or see that it can be written and that what it holds was made with these settings.
-
-        To be called early, with the settings that are known without work, and again with all of them. A folder
-        without a finished batch takes new settings.
-
-        Raises:
-            InputError: the folder cannot be written, holds something else, or its settings differ.
-        """
-        try:
-            if not (self.path / "run.json").exists() and any(map(_is_foreign, self.path.rglob("*"))):
-                raise InputError(f"--output_dir {self.path} holds files, but no run of eval.py: choose another folder")
-            for folder in (self.path / "images", self.path / "batches"):
-                with atomic_write(folder / "writable") as probe:
-                    probe.write_bytes(b"?")
-                (folder / "writable").unlink()
-            if overwrite:
-                for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
-                    for file in self.path.glob(pattern):
-                        file.unlink()
-        except OSError as error:
-            raise InputError(f"cannot write to --output_dir {self.path}: {error.strerror}") from error
-        differences = _differences(self._read("settings"), settings)
-        if differences and any((self.path / "batches").glob("*.npz")):
-            more = f"; {len(differences) - 4} more" if len(differences) > 4 else ""
-            raise InputError(
-                f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}{more}): choose another "
-                "--output_dir, or give --overwrite to delete that run"
-            )
-
     def begin(self, settings: dict, environment: dict) -> list[int]:
         """Write `run.json` if it is new, clear away what a killed process left, and return the unfinished batches.
 
         Prints it if the environment (versions, kind of GPU) is another than that in which the run began.
         Raises InputError if there is no room for what is missing.
         """
-        if self._read("settings") != _flat(settings):
+        if _read(self.path, "settings") != _flat(settings):
             content = {"settings": settings, "environment": environment}
             self.write("run.json", json.dumps(content, indent=2).encode())
-        elif changed := _differences(self._read("environment"), environment):
+        elif changed := _differences(_read(self.path, "environment"), environment):
             print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
         for folder in (self.path, self.path / "images", self.path / "batches"):
             for file in folder.glob("*.partial"):
@@ -138,16 +108,6 @@ class RunFolder:
         with ThreadPoolExecutor(READERS) as readers:
             finished = readers.map(self._is_finished, self.batch_numbers())
             return [number for number, is_finished in zip(self.batch_numbers(), finished) if not is_finished]
-
-    def _read(self, part: str) -> dict:
-        """A part of `run.json`, flat; empty if there is no such file."""
-        file = self.path / "run.json"
-        try:
-            return _flat(json.loads(file.read_text())[part])
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} is damaged ({error!r}): give --overwrite to delete that run") from None
 
     def _is_finished(self, number: int) -> bool:
         count = len(self.indices(number))
@@ -222,6 +182,48 @@ class RunFolder:
             return np.stack([self.read_image(index) for index in self.indices(number)])
         except (OSError, SyntaxError):  # the latter is Pillow's, for some damages
             return None
+
+
+def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
+    """Make the folder of a run, or see that it can be written and that what it holds was made with these settings.
+
+    To be called early, with the settings that are known without work, and again with all of them. A folder without a
+    finished batch takes new settings.
+
+    Raises:
+        InputError: the folder cannot be written, holds something else, or its settings differ.
+    """
+    try:
+        if not (path / "run.json").exists() and any(map(_is_foreign, path.rglob("*"))):
+            raise InputError(f"--output_dir {path} holds files, but no run of eval.py: choose another folder")
+        for folder in (path / "images", path / "batches"):
+            with atomic_write(folder / "writable") as probe:
+                probe.write_bytes(b"?")
+            (folder / "writable").unlink()
+        if overwrite:
+            for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
+                for file in path.glob(pattern):
+                    file.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {path}: {error.strerror}") from error
+    differences = _differences(_read(path, "settings"), settings)
+    if differences and any((path / "batches").glob("*.npz")):
+        more = f"; {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise InputError(
+            f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): choose another "
+            "--output_dir, or give --overwrite to delete that run"
+        )
+
+
+def _read(path: Path, part: str) -> dict:
+    """A part of `run.json`, flat; empty if there is no such file."""
+    file = path / "run.json"
+    try:
+        return _flat(json.loads(file.read_text())[part])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is damaged ({error!r}): give --overwrite to delete that run") from None
 
 
 def _is_foreign(path: Path) -> bool:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from util.errors import InputError
 from util.files import atomic_write
 
+SAVE_EVERY = 120.0  # seconds between checkpoints
+
 
 def fit(
     module: nn.Module,
@@ -28,7 +30,6 @@ def fit(
     warmup: int = 100,
     clip: float = 3.0,
     ema_decay: float = 0.999,
-    save_every: float = 120.0,
     device: torch.device,
 ) -> nn.Module:
     """Train `module` in place for `steps` optimizer steps and return the average of its weights.
@@ -38,7 +39,6 @@ def fit(
                          depends on the step alone, so that a resumed run sees the batches of an uninterrupted one.
         folder:          holds `training.pt`, from which the same call continues.
         no_weight_decay: prefixes of the names of parameters without weight decay, besides biases and norms.
-        save_every:      seconds between checkpoints.
 
     Raises InputError if the folder holds a run of another model or length, or if the loss is not finite.
     """
@@ -83,7 +83,7 @@ def fit(
                     raise InputError(f"the loss became {current} at step {step}: lower --lr and start again")
                 recent = current if recent is None else recent + 0.1 * (current - recent)
                 progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
-            if time.monotonic() - last_save > save_every:
+            if time.monotonic() - last_save > SAVE_EVERY:
                 save(step + 1)
                 last_save = time.monotonic()
     save(steps)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from util.signals import StopSignals
 
 TICK_SECONDS = 1.0
+POLL_SECONDS = 0.1
 # Ticks of silence after which a rank counts as dead: while it starts, while it runs, and after a signal. torchrun
 # stops the ranks beside a dead one with SIGTERM, just as a preempted job is stopped; only the silence is different.
 STARTING, RUNNING, STOPPING = 600, 60, 5
@@ -31,7 +32,7 @@ class Watch:
               tells each process under a name that this process has invented.
 
     Attributes:
-        store:   the part of `root` that belongs to this start; None until rank 0 has answered.
+        store:   the part of `root` that belongs to this start.
         done:    units of work that this rank has finished; see `count`.
         on_tick: called each second, by the thread.
         cut_off: the store has gone.
@@ -49,12 +50,13 @@ class Watch:
         self._failed = self._closed = False
         self._told_to_stop: int | None = None
         self._signals = StopSignals()
-        if rank == 0:
-            self.store = dist.PrefixStore(self._name, root)
-        else:
-            put(root, f"hello/{rank}", self._name)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        if rank != 0:
+            put(root, f"hello/{rank}", self._name)
+        while rank != 0 and (name := peek(root, f"welcome/{self._name}")) is None:
+            time.sleep(POLL_SECONDS)
+        self.store = dist.PrefixStore(self._name if rank == 0 else name, root)
 
     @property
     def stop_signal(self) -> int | None:
@@ -106,9 +108,7 @@ class Watch:
             self.on_tick()
 
     def _listen(self, tick: int) -> None:
-        if self.store is None:
-            if name := peek(self.root, f"welcome/{self._name}"):
-                self.store = dist.PrefixStore(name, self.root)
+        if self.store is None:  # rank 0 has not answered
             return self._hear(0)
         failure = peek(self.store, "failed")
         if failure is not None and not self._failed:

@@ -1,0 +1,539 @@
+"""eval.py: the same images whoever makes them, nothing lost whatever happens, and one clear sentence for bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from ranks import Ranks, free_port
+
+import eval as program
+from models import PRESETS, AutoencoderKL, create_model
+from score import main as score_folder
+from util.checkpoint import save_safetensors
+from util.distributed import launch
+from util.options import check, parse_options
+from util.scoring import load_extractor
+
+ROOT = Path(__file__).parents[1]
+NUM_IMAGES, BATCH_SIZE = 24, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that are compared with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> list[str]:
+    """Flags that name random weights of mar_tiny and its VAE."""
+    folder = tmp_path_factory.mktemp("weights")
+    generator = torch.random.fork_rng()
+    with generator:
+        torch.manual_seed(0)
+        model, vae = create_model("mar_tiny"), AutoencoderKL(**PRESETS["mar_tiny"].vae)
+    save_safetensors(model.state_dict(), folder / "checkpoint-last.safetensors", {})
+    save_safetensors(vae.state_dict(), folder / "vae.safetensors", {})
+    return ["--model", "mar_tiny", "--resume", str(folder), "--vae_path", str(folder / "vae.safetensors")]
+
+
+@pytest.fixture(scope="session")
+def command(weights):
+    """The arguments of a small run into a folder; more of them replace earlier ones."""
+    numbers = f"--num_images {NUM_IMAGES} --eval_bsz {BATCH_SIZE} --num_iter 2 --num_sampling_steps 3 --lazy_mar"
+    numbers += " --dtype float32"
+
+    def arguments(folder: Path, *more: object) -> list[str]:
+        return [*weights, *numbers.split(), "--output_dir", str(folder), *map(str, more)]
+
+    return arguments
+
+
+def run(arguments: list[str]) -> int:
+    """eval.py in this process; returns its exit code."""
+    return launch(lambda job: program.evaluate(job, parse_options("", arguments)))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, command) -> Path:
+    """A finished run by one process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(command(folder)) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """The finished run, to be maltreated."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "images").glob("*.png")}
+
+
+def scores(folder: Path) -> dict:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {name: value for name, value in metrics.items() if name.startswith(("fid", "isc"))}
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    assert images(folder) == images(whole) and len(images(whole)) == NUM_IMAGES
+    assert scores(folder) == scores(whole) and len(scores(whole)) == 3
+    assert not list(folder.rglob("*.partial"))
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def records(folder: Path) -> int:
+    return len(list((folder / "batches").glob("*.npz")))
+
+
+# The same images
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_images_and_scores_are_the_same_in_every_world(world_size, tmp_path, command, whole):
+    job = Ranks(command(tmp_path / "run"), tmp_path / "log", world_size)
+    assert job.wait() == [0] * world_size, job.log.read_text()
+    assert_same(tmp_path / "run", whole)
+    log = job.log.read_text()
+    made = [int(line.split()[2]) for line in log.splitlines() if line.startswith("rank ")]
+    assert len(made) == world_size and sum(made) == NUM_IMAGES, log
+
+
+def test_another_batch_size_changes_a_pixel_by_one_at_most(tmp_path, command, whole):
+    assert run(command(tmp_path / "run", "--eval_bsz", 5)) == 0
+    pixels = [
+        np.stack([np.array(Image.open(path)).astype(int) for path in sorted((folder / "images").iterdir())])
+        for folder in (whole, tmp_path / "run")
+    ]
+    difference = abs(pixels[0] - pixels[1])
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    assert pixels[0].std() > 1, "the images are blank, so that they show nothing"
+
+
+def test_scores_are_those_of_torch_fidelity_on_the_folder(whole, tmp_path):
+    isc = torch_fidelity.calculate_metrics(
+        input1=str(whole / "images"), feature_extractor="fashion-classifier", isc=True, cuda=False, verbose=False
+    )
+    assert scores(whole)["isc_fashion_classifier_mean"] == pytest.approx(isc["inception_score_mean"], rel=1e-6)
+    assert scores(whole)["isc_fashion_classifier_std"] == pytest.approx(isc["inception_score_std"], rel=1e-4)
+    statistics, report = str(ROOT / PRESETS["mar_tiny"].statistics_path), tmp_path / "report.json"
+    arguments = ["--features", "fashion", "--statistics", statistics, "--json", str(report)]
+    assert score_folder(["evaluate", str(whole / "images"), *arguments]) == 0
+    fid = json.loads(report.read_text())["fid_fashion_classifier"]
+    assert scores(whole)["fid_fashion_classifier"] == pytest.approx(fid, abs=1e-6)
+    # The features are those of the PNGs.
+    record = np.load(whole / "batches" / "000003.npz")
+    pngs = [np.array(Image.open(whole / "images" / f"{index:06d}.png")) for index in (6, 7)]
+    features = [load_extractor("fashion")(torch.from_numpy(png).permute(2, 0, 1)[None])[0] for png in pngs]
+    np.testing.assert_allclose(record["features"], torch.cat(features).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_tell_what_was_measured(whole):
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["num_images"] == NUM_IMAGES and metrics["timed_images"] == NUM_IMAGES - BATCH_SIZE
+    assert 0 < metrics["sampling_seconds"] < metrics["seconds_per_image"] < 60
+    assert metrics["flops_per_image"] == sum(metrics["flops_by_part"].values()) > 1e9
+    assert (
+        metrics["settings"]["cache"]["refresh_interval"] == 9 and metrics["environment"]["torch"] == torch.__version__
+    )
+    assert sum(metrics["images_by_worker"].values()) == NUM_IMAGES
+    with Image.open(whole / "grid.png") as grid:
+        assert grid.size == (8 * 66 + 2, 3 * 66 + 2)
+
+
+# Nothing is lost
+
+
+def test_a_run_killed_ten_times_ends_with_the_same_bytes(tmp_path, command, whole):
+    folder, chance, lost = tmp_path / "run", random.Random(0), 0
+    for attempt in range(10):
+        while_writing = attempt % 2 == 1
+        finished, job = records(folder), Ranks(command(folder), tmp_path / "log", 1 + attempt % 2)
+        deadline = time.monotonic() + 10 * while_writing
+        while records(folder) == finished and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3 if while_writing else 4))
+        before = records(folder)
+        job.kill()
+        lost += before - records(folder)
+        assert images(folder).items() <= images(whole).items(), "a file was seen half-written"
+    job = Ranks(command(folder), tmp_path / "log", 1)
+    assert job.wait() == [0], job.log.read_text()
+    assert lost == 0
+    assert_same(folder, whole)
+
+
+def test_what_was_damaged_is_made_again_and_nothing_else(copy, command, whole):
+    (copy / "images" / "000003.png").unlink()
+    os.truncate(copy / "images" / "000010.png", 100)
+    with open(copy / "images" / "000011.png", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(bytes(8))
+    os.truncate(copy / "batches" / "000007.npz", 500)
+    (copy / "batches" / "000009.npz").unlink()
+    (copy / "images" / ".000001.png.1.partial").write_bytes(b"half")
+    damaged = {"000003.png", "000010.png", "000011.png", "000007.npz", "000009.npz", "metrics.json", "grid.png"}
+    times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.*")}
+    assert run(command(copy)) == 0
+    assert_same(copy, whole)
+    assert {path.name for path in copy.rglob("*.*") if path.stat().st_mtime_ns != times.get(path)} == damaged
+
+
+def test_a_finished_run_samples_nothing(copy, command, monkeypatch, whole):
+    monkeypatch.setattr(program, "sample_tokens", None)
+    (copy / "metrics.json").unlink()
+    assert run(command(copy)) == 0
+    assert_same(copy, whole)
+
+
+def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole):
+    assert run(command(tmp_path / "run", "--no-score", "--statistics", "nowhere")) == 0
+    assert not scores(tmp_path / "run")
+    monkeypatch.setattr(program, "sample_tokens", None)
+    assert run(command(tmp_path / "run")) == 0
+    assert_same(tmp_path / "run", whole)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["timed_images"] == NUM_IMAGES - BATCH_SIZE
+
+
+def test_without_images_only_those_of_the_sheet_are_written(tmp_path, command, monkeypatch, whole):
+    monkeypatch.setattr(program, "SHEET_IMAGES", 3)
+    assert run(command(tmp_path / "run", "--no_save_images")) == 0
+    assert images(tmp_path / "run").keys() == {"000000.png", "000001.png", "000002.png"}
+    assert scores(tmp_path / "run") == scores(whole)
+
+
+def test_chosen_classes_make_one_image_each(tmp_path, command, whole):
+    assert run(command(tmp_path / "run", "--class_labels", "1,1,9")) == 0
+    made = images(tmp_path / "run")
+    assert len(set(made.values())) == 3 and not scores(tmp_path / "run")
+    with Image.open(tmp_path / "run" / "grid.png") as grid:
+        assert grid.size == (3 * 66 + 2, 66 + 2)
+
+
+def test_other_settings_are_refused_unless_the_run_is_given_up(copy, command, capsys, whole):
+    assert run(command(copy, "--seed", 1, "--start_step", 3)) == 2
+    message = capsys.readouterr().err
+    assert "seed 0 there, 1 now; cache.start_step 5 there, 3 now" in message and "--overwrite" in message
+    assert_same(copy, whole)
+    assert run(command(copy, "--seed", 1, "--start_step", 3, "--overwrite")) == 0
+    assert len(images(copy)) == NUM_IMAGES and not set(images(copy).values()) & set(images(whole).values())
+
+
+def test_other_weights_are_refused(copy, command, capsys, tmp_path, weights):
+    other = tmp_path / "other.safetensors"
+    save_safetensors(create_model("mar_tiny").state_dict(), other, {})
+    assert run(command(copy, "--resume", other)) == 2
+    assert "sha256 of mar_tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_when_its_work_is_safe(number, tmp_path, command):
+    folder, slow = tmp_path / "run", ["--num_iter", 16, "--num_sampling_steps", 16]
+    job = Ranks(command(folder, *slow), tmp_path / "log", 2)
+    wait_until(lambda: records(folder) > 1)
+    os.kill(job.processes[1].pid, number)  # one rank passes it on
+    assert job.wait(30) == [128 + number] * 2
+    log = job.log.read_text()
+    assert f"stopped by {number.name}; to go on: torchrun" in log and "--lazy_mar" in log and "Traceback" not in log
+    assert 1 < records(folder) < NUM_IMAGES // BATCH_SIZE, "the signal came too late to show anything"
+    before = images(folder)
+    assert len(before) == BATCH_SIZE * records(folder), "work in flight was not finished"
+    assert run(command(folder, *slow)) == 0
+    assert before.items() < images(folder).items() and len(images(folder)) == NUM_IMAGES
+
+
+def test_a_second_signal_stops_at_once(tmp_path, command):
+    # One batch takes minutes, so only the second signal can be what ends it.
+    job = Ranks(
+        command(tmp_path / "run", "--eval_bsz", NUM_IMAGES, "--num_iter", 256, "--num_sampling_steps", 1000),
+        tmp_path / "log",
+    )
+    wait_until(lambda: "0 of 24 images are there" in job.log.read_text() if job.log.exists() else False)
+    time.sleep(1)
+    job.signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert job.processes[0].is_alive()
+    job.signal(signal.SIGTERM)
+    assert job.wait(5) == [143]
+
+
+def torchrun(log: Path, *flags: str, arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, str(ROOT / "eval.py"), *arguments]
+    with open(log, "a") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+
+
+def workers(agent: subprocess.Popen) -> list[int]:
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listing.split()]
+
+
+def test_a_dead_rank_ends_the_job_and_two_machines_with_restarts_finish_it(tmp_path, command, whole):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    agent = torchrun(log, "--nproc_per_node=2", arguments=command(folder))
+    wait_until(lambda: records(folder) > 1)
+    os.kill(workers(agent)[-1], signal.SIGKILL)
+    assert agent.wait(30) != 0
+    assert records(folder) < NUM_IMAGES // BATCH_SIZE, "the job was over before its rank died"
+
+    endpoint = f"--rdzv_endpoint=localhost:{free_port()}"
+    flags = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=2", "--rdzv_backend=c10d", "--rdzv_id=test", endpoint]
+    before = records(folder)
+    agents = [torchrun(log, *flags, arguments=command(folder)) for _ in range(2)]
+    wait_until(lambda: records(folder) > before)
+    os.kill(workers(agents[1])[-1], signal.SIGKILL)
+    assert [agent.wait(90) for agent in agents] == [0, 0], log.read_text()
+    assert_same(folder, whole)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    """A file system of so many bytes; where it takes privileges that we lack, a limit on the size of a file."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        ballast = folder.parent / "disk" / "ballast"
+        yield lambda free: ballast.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - free))), ballast.unlink
+        subprocess.run(["umount", str(folder)], check=True)
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def set_limit(size: int) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+        yield lambda free: set_limit(2000), lambda: set_limit(limits[0])
+        set_limit(limits[0])
+
+
+def test_a_full_disk_ends_clean_and_the_run_goes_on(tmp_path, command, capsys, monkeypatch, whole):
+    with small_disk(tmp_path / "disk", 4_000_000) as (fill, make_room):
+        folder, sample = tmp_path / "disk" / "run", program.sample_tokens
+
+        def fill_after_some_batches(*arguments, **options):
+            if records(folder) > 3:
+                fill(20_000)
+            return sample(*arguments, **options)
+
+        monkeypatch.setattr(program, "sample_tokens", fill_after_some_batches)
+        assert run(command(folder)) == 2
+        message = capsys.readouterr().err
+        assert "cannot write to" in message and "nothing written before is damaged" in message
+        assert "Traceback" not in message
+        assert 3 < records(folder) < NUM_IMAGES // BATCH_SIZE
+        assert images(folder).items() <= images(whole).items()
+        make_room()
+        monkeypatch.undo()
+        assert run(command(folder)) == 0
+        assert_same(folder, whole)
+
+
+def test_a_folder_that_goes_is_not_made_again(tmp_path, command, capsys, monkeypatch):
+    folder, sample = tmp_path / "run", program.sample_tokens
+
+    def remove_after_some_batches(*arguments, **options):
+        if records(folder) == 3:
+            folder.rename(tmp_path / "elsewhere")
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(program, "sample_tokens", remove_after_some_batches)
+    assert run(command(folder)) == 2
+    assert f"cannot write to {folder}: the folder of the run has gone" in capsys.readouterr().err
+    assert not list(folder.rglob("*.npz"))
+
+
+# Bad input
+
+
+def weights_with_nan(tmp_path: Path) -> Path:
+    model = create_model("mar_tiny")
+    model.class_emb.weight.data[7] = float("nan")
+    save_safetensors(model.state_dict(), tmp_path / "nan.safetensors", {})
+    return tmp_path / "nan.safetensors"
+
+
+def empty_statistics(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    return tmp_path / "wrong.npz"
+
+
+def text_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("no folder")
+    return tmp_path / "file"
+
+
+def foreign_folder(tmp_path: Path) -> Path:
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    (tmp_path / "photos" / "images" / "holiday.png").write_text("precious")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "mar_giant"], "--model: invalid choice: 'mar_giant'"),
+        (["--model", "mar_huge", "--no-score"], "is a mar_tiny checkpoint, not mar_huge"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--num_iter", "0"], "--num_iter must be 1 to the number of tokens, 256, not 0"),
+        (["--num_iter", "257"], "--num_iter"),
+        (["--num_iter", "many"], "--num_iter: invalid int value: 'many'"),
+        (["--cfg", "0.5"], "--cfg must be a finite number of at least 1"),
+        (["--cfg", "nan"], "--cfg"),
+        (["--cfg_schedule", "cosine"], "--cfg_schedule"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "inf"], "--temperature"),
+        (["--num_sampling_steps", "1"], "--num_sampling_steps must be 2 to 1000"),
+        (["--num_sampling_steps", "1001"], "--num_sampling_steps"),
+        (["--eval_bsz", "0"], "--eval_bsz must be at least 1"),
+        (["--eval_bsz", "99999999"], "--eval_bsz 99999999 does not fit"),
+        (["--num_images", "0"], "--num_images must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--class_labels", "3,10"], "--class_labels must be classes of mar_tiny, from 0 to 9"),
+        (["--class_labels", "-1"], "--class_labels"),
+        (["--class_labels", ""], "--class_labels"),
+        (["--class_labels", "cat"], "--class_labels"),
+        (["--device", "tpu"], "--device"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--start_step", "-1"], "--start_step must be at least 0"),
+        (["--kept_fractions", "0:2"], "--kept_fractions"),
+        (["--kept_fractions", "half"], "--kept_fractions"),
+        (["--prune_layer", "99"], "--prune_layer must be below 5"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", text_file], "file is truncated, damaged or no checkpoint"),
+        (["--resume", weights_with_nan], "the latents of images 7, 17 are not finite"),
+        (["--vae_path", "nowhere"], "nowhere"),
+        (["--vae_path", weights_with_nan], "does not fit the VAE"),
+        (["--statistics", "nowhere"], "nowhere"),
+        (["--statistics", empty_statistics], "mu [3]"),
+        (["--inception_weights", "nowhere"], "--inception_weights"),
+        (["--output_dir", text_file], "--output_dir"),
+        (["--output_dir", foreign_folder], "holds files, but no run of eval.py"),
+        (["--output_dir", foreign_folder, "--overwrite"], "holds files, but no run of eval.py"),
+        (["--output_dir", "/proc/run"], "cannot write to --output_dir /proc/run"),
+    ],
+    ids=lambda value: " ".join(getattr(part, "__name__", part) for part in value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, command, capsys):
+    flags = [flag(tmp_path) if callable(flag) else flag for flag in flags]
+    assert run(command(tmp_path / "run", *flags, *["--eval_bsz", 20] * ("nan" in str(flags)))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error, error
+    assert not list(tmp_path.rglob("*.npz")) or "wrong.npz" in str(flags)
+    assert not (tmp_path / "photos").exists() or (tmp_path / "photos/images/holiday.png").read_text() == "precious"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
+def test_cuda_is_refused_where_there_is_none(tmp_path, command, capsys):
+    assert run(command(tmp_path / "run", "--device", "cuda")) == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_a_policy_needs_lazy_mar(tmp_path, weights, capsys):
+    assert run([*weights, "--head_cache"]) == 2
+    assert "--head_cache is a setting of LazyMAR: give --lazy_mar too" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path, command, capsys, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(program, "sample_tokens", out_of_memory)
+    assert run(command(tmp_path / "run", "--eval_bsz", 24)) == 2
+    assert "try --eval_bsz 12" in capsys.readouterr().err
+    # The folder holds nothing that other settings could spoil.
+    monkeypatch.undo()
+    assert run(command(tmp_path / "run", "--eval_bsz", 12)) == 0
+
+
+def test_a_fault_of_one_rank_is_printed_once_and_ends_all(tmp_path, command):
+    job = Ranks(command(tmp_path / "run", "--num_iter", "0"), tmp_path / "log", 2)
+    assert job.wait(30) == [2, 2]
+    assert job.log.read_text().count("--num_iter must be") == 1
+
+
+def test_flags_at_random_never_end_in_a_traceback():
+    chance = random.Random(0)
+    names = [
+        option
+        for option in Path(program.__file__).with_name("util").joinpath("options.py").read_text().split('"')
+        if option.startswith("--") and " " not in option
+    ]
+    names += [
+        "--lazy_mar",
+        "--start_step",
+        "--refresh_interval",
+        "--kept_fractions",
+        "--head_skipped_blocks",
+        "--head_warmup",
+    ]
+    values = [
+        "0",
+        "-1",
+        "1",
+        "64",
+        "1e9",
+        "nan",
+        "-inf",
+        "",
+        " ",
+        "mar_tiny",
+        "a,b",
+        "0:1,5",
+        "1,2",
+        "💥",
+        "9" * 40,
+        "/",
+        "None",
+    ]
+    outcomes = {"fine": 0, "refused": 0}
+    for _ in range(3000):
+        arguments = ["--model", chance.choice(["mar_tiny", "mar_base"])]
+        for _ in range(chance.randint(1, 3)):
+            arguments += [chance.choice(names), *chance.sample(values, chance.randint(0, 1))]
+        try:
+            check(parse_options("", arguments))
+            outcomes["fine"] += 1
+        except program.InputError as error:
+            assert str(error).strip()
+            outcomes["refused"] += 1
+        except SystemExit as end:  # --help
+            assert end.code == 0
+    assert min(outcomes.values()) > 100, outcomes
+
+
+def test_the_commands_of_the_paper_are_understood():
+    for more in ([], ["--lazy_mar"]):
+        options = check(parse_options("", ["--num_images", "50000", "--eval_bsz", "128", "--num_iter", "64", *more]))
+        assert (options.model, options.cfg, options.num_sampling_steps) == ("mar_huge", 3.25, 100)
+        assert options.resume == ROOT / "pretrained_models/mar/mar_huge/checkpoint-last.pth"
+        assert bool(options.cache) == bool(more) and ("lazy" in options.output_dir.name) == bool(more)
+        assert len(options.labels()) == 50_000 and np.ptp(np.bincount(options.labels())) == 0

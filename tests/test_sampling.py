@@ -1,0 +1,344 @@
+"""The sampler computes what `naive.py` does, whose definition of the method shares nothing with it but the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import product
+
+import naive
+import pytest
+import torch
+from torch import Tensor
+
+from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, sample_tokens
+
+LABELS = torch.tensor([3, 0, 4])
+SETTINGS = {"num_iter": 16, "cfg": 2.5, "cfg_schedule": "linear", "temperature": 0.9, "num_sampling_steps": 21}
+FIELDS = {
+    "img_size": 32,
+    "vae_stride": 4,
+    "vae_embed_dim": 4,
+    "buffer_size": 8,
+    "encoder_embed_dim": 32,
+    "encoder_depth": 4,
+    "encoder_num_heads": 4,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 5,
+    "decoder_num_heads": 4,
+    "class_num": 5,
+    "diffloss_d": 6,
+    "diffloss_w": 32,
+}
+
+
+def perturb(model: MAR, std: float) -> MAR:
+    """Add noise to every parameter: a new head is the identity, through which no mistake would show."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def random_model(**overrides) -> MAR:
+    """A float64 model of 64 tokens (unless overridden) with strong random weights."""
+    model = create_model("mar_base", **{**FIELDS, **overrides}).double()
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(float(parameter.ndim == 1 and name.endswith("weight")))  # norms scale by 1
+    perturb(model, 0.2)
+    # An untrained head's tokens are of the order 1e4; unscaled they would outshout the position embeddings.
+    model.z_proj.weight.data *= 1e-4
+    return model
+
+
+MODEL = random_model()
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Mean over tokens [B, C, h, w] of |result - expected| / |expected|."""
+    return ((result - expected).norm(dim=1) / expected.norm(dim=1)).mean().item()
+
+
+def noise_for(model: MAR, batch: int, num_sampling_steps: int) -> ImageNoise:
+    return ImageNoise(model, 5, range(batch), num_sampling_steps)
+
+
+def assert_equal_to_naive(policy: CachePolicy | None, model: MAR = MODEL, batch: int = 1, **changes) -> None:
+    settings = {**SETTINGS, **changes, "cache": policy}
+    settings["noise"] = noise_for(model, batch, settings["num_sampling_steps"])
+    result = sample_tokens(model, LABELS[:batch], **settings)
+    expected = naive.sample_tokens(model, LABELS[:batch], **settings)
+    assert result.shape == expected.shape and result.isfinite().all()
+    assert relative_error(result, expected) < 1e-9
+
+
+# Against the definition
+
+RUNS = [
+    {"num_iter": 1},
+    {"num_iter": 2},
+    {"num_iter": 7},
+    {"num_iter": 12},
+    {"num_iter": 64},
+    {"batch": 3},
+    {"cfg": 1.0},
+    {"cfg": 1.0, "num_iter": 7, "batch": 3},
+    {"cfg_schedule": "constant"},
+    {"temperature": 0.0},
+    {"num_sampling_steps": 2},
+    {"num_sampling_steps": 30},
+]
+
+
+@pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
+@pytest.mark.parametrize("changes", RUNS, ids=str)
+def test_run_settings(changes: dict, policy: CachePolicy | None) -> None:
+    assert_equal_to_naive(policy, **changes)
+
+
+@pytest.mark.parametrize("policy", [None, CachePolicy(start_step=1)], ids=["baseline", "lazy"])
+def test_patches_of_two_by_two_latents(policy: CachePolicy | None) -> None:
+    assert_equal_to_naive(policy, model=random_model(patch_size=2), num_iter=9, batch=2)
+
+
+def test_encoder_and_decoder_of_different_size() -> None:
+    model = random_model(encoder_embed_dim=24, encoder_num_heads=2, encoder_depth=1, decoder_num_heads=8, mlp_ratio=2)
+    assert_equal_to_naive(CachePolicy(start_step=2), model=model)
+
+
+SWITCHES = [dict(zip(("token_cache", "condition_cache", "head_cache"), on)) for on in product([True, False], repeat=3)]
+SWITCH_IDS = ["+".join(name for name, on in switches.items() if on) or "nothing" for switches in SWITCHES]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("switches", SWITCHES, ids=SWITCH_IDS)
+def test_each_cache_can_be_switched_off(switches: dict, cfg: float) -> None:
+    assert_equal_to_naive(CachePolicy(start_step=2, **switches), cfg=cfg, batch=2)
+
+
+HALVING = ((0, 1.0), (10, 0.7), (32, 0.35))
+POLICIES = [
+    # In block 0 only the 8 buffer rows differ from the previous step's, besides those that are kept anyway.
+    {"prune_layer": 0, "min_margin": 0, "kept_fractions": ((0, 0.0),), "start_step": 1},
+    {"prune_layer": 0, "min_margin": 5, "kept_fractions": ((0, 0.0),), "start_step": 0, "refresh_interval": 100},
+    {"prune_layer": 0, "min_margin": 8, "kept_fractions": ((0, 0.0),), "condition_cache": False},
+    {"prune_layer": 1},
+    {"prune_layer": 2},
+    {"prune_layer": 4},
+    {"prune_layer": 4, "condition_cache": False, "refresh_interval": 4},
+    {"start_step": 0},
+    {"start_step": 1, "refresh_interval": 100},
+    {"start_step": 100},
+    {"refresh_interval": 1},
+    {"refresh_interval": 2},
+    {"refresh_interval": 3},
+    {"refresh_interval": 100},
+    {"min_margin": 0},
+    {"min_margin": 0, "kept_fractions": ((0, 0.0),), "start_step": 1, "prune_layer": 1},
+    {"min_margin": 1000},
+    {"kept_fractions": HALVING, "min_margin": 0, "start_step": 0},
+    {"kept_fractions": ((0, 1.0),), "start_step": 1, "refresh_interval": 5},
+    {"head_refresh_interval": 1},
+    {"head_refresh_interval": 3},
+    {"head_refresh_interval": 1000},
+    {"head_skipped_blocks": ()},
+    {"head_skipped_blocks": (0,)},
+    {"head_skipped_blocks": (1, 3)},
+    {"head_skipped_blocks": (5,)},
+    {"head_skipped_blocks": (0, 1, 2, 3, 4, 5)},
+    {"head_warmup": 0.0},
+    {"head_warmup": 0.5},
+    {"head_warmup": 1.0},
+    {"head_warmup": 0.5, "head_skipped_blocks": (0, 3, 4), "head_refresh_interval": 4, "token_cache": False},
+]
+
+
+@pytest.mark.parametrize("fields", POLICIES, ids=str)
+def test_policy_fields(fields: dict) -> None:
+    assert_equal_to_naive(CachePolicy(**fields), batch=2)
+
+
+@pytest.mark.parametrize("num_iter", [1, 2, 7, 64])
+def test_start_in_lazy_mode_at_any_number_of_steps(num_iter: int) -> None:
+    assert_equal_to_naive(CachePolicy(start_step=0, refresh_interval=3), num_iter=num_iter, num_sampling_steps=10)
+
+
+# Comparisons that mistakes do not survive
+
+MISTAKES = [
+    {"start_step": 4},
+    {"start_step": 6},
+    {"refresh_interval": 8},
+    {"prune_layer": 2},
+    {"prune_layer": 4},
+    {"min_margin": 14},
+    {"min_margin": 16},
+    {"kept_fractions": ((0, 1.0), (20, 0.6), (21, 0.52), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05))},
+    {"kept_fractions": ((0, 1.0), (20, 0.6), (21, 0.5), (24, 0.4), (30, 0.15), (35, 0.12), (40, 0.05))},
+    {"head_refresh_interval": 6},
+    {"head_refresh_interval": 8},
+    {"head_skipped_blocks": (1, 2, 3)},
+    {"head_skipped_blocks": (0, 1, 2, 3, 4)},
+    {"head_warmup": 0.85},
+    {"head_warmup": 0.95},
+    {"token_cache": False},
+    {"condition_cache": False},
+    {"head_cache": False},
+]
+
+
+@pytest.fixture(scope="module")
+def expected_with_default_policy() -> Tensor:
+    noise = noise_for(MODEL, 2, SETTINGS["num_sampling_steps"])
+    return naive.sample_tokens(MODEL, LABELS[:2], **SETTINGS, cache=CachePolicy(), noise=noise)
+
+
+@pytest.mark.parametrize("fields", MISTAKES, ids=str)
+def test_mistakes_in_the_policy_are_seen(fields: dict, expected_with_default_policy: Tensor) -> None:
+    noise = noise_for(MODEL, 2, SETTINGS["num_sampling_steps"])
+    result = sample_tokens(MODEL, LABELS[:2], **SETTINGS, cache=CachePolicy(**fields), noise=noise)
+    assert relative_error(result, expected_with_default_policy) > 1e-7
+
+
+@pytest.mark.parametrize("change", [{"cfg": 2.501}, {"temperature": 0.901}, {"cfg_schedule": "constant"}], ids=str)
+def test_mistakes_in_the_run_are_seen(change: dict, expected_with_default_policy: Tensor) -> None:
+    noise = noise_for(MODEL, 2, SETTINGS["num_sampling_steps"])
+    result = sample_tokens(MODEL, LABELS[:2], **{**SETTINGS, **change}, cache=CachePolicy(), noise=noise)
+    assert relative_error(result, expected_with_default_policy) > 1e-7
+
+
+# Noise, batches, precision
+
+
+@pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
+def test_images_do_not_depend_on_their_batch(policy: CachePolicy | None) -> None:
+    indices = [40, 7, 19]
+    settings = {**SETTINGS, "cache": policy}
+
+    def sample(places: list[int]) -> Tensor:
+        noise = ImageNoise(MODEL, 3, [indices[place] for place in places], SETTINGS["num_sampling_steps"])
+        return sample_tokens(MODEL, LABELS[places], **settings, noise=noise)
+
+    together = sample([0, 1, 2])
+    for place in range(3):
+        assert relative_error(sample([place]), together[place : place + 1]) < 1e-9
+    assert relative_error(sample([2, 0]), together[[2, 0]]) < 1e-9
+
+
+def test_noise_differs_between_images_seeds_and_steps() -> None:
+    noise = ImageNoise(MODEL, 3, [0, 1], 20)
+    assert (noise.orders.sort(dim=1).values == torch.arange(64)).all()
+    assert not torch.equal(noise.orders[0], noise.orders[1])
+    draws = [noise.draw(0, 5)[:, 0], noise.draw(0, 5)[:, 1], noise.draw(1, 5)[:, 0]]
+    draws.append(ImageNoise(MODEL, 4, [0], 20).draw(0, 5)[:, 0])
+    assert draws[0].shape == (21, 5, 4)
+    for i, j in ((0, 1), (0, 2), (0, 3)):
+        assert (draws[i] - draws[j]).abs().min() > 0
+    assert torch.equal(noise.draw(0, 5)[:, 0], draws[0])
+    values = noise.draw(2, 60)
+    assert abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.03
+
+
+def test_default_noise_is_that_of_seed_0() -> None:
+    settings = {**SETTINGS, "num_iter": 2, "num_sampling_steps": 5}
+    noise = ImageNoise(MODEL, 0, range(2), 5)
+    assert torch.equal(
+        sample_tokens(MODEL, LABELS[:2], **settings), sample_tokens(MODEL, LABELS[:2], **settings, noise=noise)
+    )
+
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_low_precision_gives_float32_latents_close_to_float64(dtype: torch.dtype, policy: CachePolicy | None) -> None:
+    def sample(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype)
+        noise = noise_for(model, 2, SETTINGS["num_sampling_steps"])
+        return sample_tokens(model, LABELS[:2], **SETTINGS, cache=policy, noise=noise)
+
+    latents = sample(dtype)
+    assert latents.dtype == torch.float32 and latents.shape == (2, 4, 8, 8)
+    assert relative_error(latents, sample(torch.float64)) < TOLERANCE[dtype]
+
+
+def test_patchify_takes_tokens_row_by_row_with_channels_first() -> None:
+    model = random_model(patch_size=2)  # 4 x 4 tokens of 4 x 2 x 2 numbers
+    latents = torch.arange(2 * 4 * 8 * 8).reshape(2, 4, 8, 8).double()
+    tokens = model.patchify(latents)
+    assert tokens.shape == (2, 16, 16)
+    assert torch.equal(tokens[1, 6], latents[1, :, 2:4, 4:6].flatten())  # second row of tokens, third column
+    assert torch.equal(model.unpatchify(tokens), latents)
+
+
+# Bad arguments
+
+BAD_ARGUMENTS = [
+    ("num_iter", 0),
+    ("num_iter", 65),
+    ("cfg", 0.5),
+    ("cfg", math.nan),
+    ("cfg", math.inf),
+    ("cfg_schedule", "cosine"),
+    ("num_sampling_steps", 1),
+    ("num_sampling_steps", 1001),
+    ("temperature", -0.1),
+    ("temperature", math.nan),
+    ("class_labels", torch.empty(0, dtype=torch.long)),
+    ("class_labels", torch.zeros(1, 1, dtype=torch.long)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=lambda value: str(value).replace("\n", ""))
+def test_bad_arguments_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        sample_tokens(MODEL, **{"class_labels": LABELS, **SETTINGS, name: value})
+
+
+def test_prune_layer_below_the_decoder_is_named() -> None:
+    with pytest.raises(ValueError, match="prune_layer"):
+        sample_tokens(MODEL, LABELS, **SETTINGS, cache=CachePolicy(prune_layer=5))
+
+
+BAD_FIELDS = [
+    ("start_step", -1),
+    ("refresh_interval", 0),
+    ("prune_layer", -1),
+    ("min_margin", -1),
+    ("head_refresh_interval", 0),
+    ("head_skipped_blocks", (1, -2)),
+    ("head_warmup", -0.1),
+    ("head_warmup", 1.1),
+    ("head_warmup", math.nan),
+    ("kept_fractions", ()),
+    ("kept_fractions", ((1, 0.5),)),
+    ("kept_fractions", ((0, 1.0), (9, 0.5), (9, 0.4))),
+    ("kept_fractions", ((0, 1.0), (9, 0.5), (8, 0.4))),
+    ("kept_fractions", ((0, 1.1),)),
+    ("kept_fractions", ((0, 1.0), (9, -0.1))),
+    ("kept_fractions", ((0, math.nan),)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_FIELDS, ids=str)
+def test_policy_fields_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        CachePolicy(**{name: value})
+
+
+def test_policy_defaults_are_the_papers() -> None:
+    assert dataclasses.asdict(CachePolicy()) == {
+        "start_step": 5,
+        "refresh_interval": 9,
+        "prune_layer": 3,
+        "kept_fractions": ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
+        "min_margin": 15,
+        "head_refresh_interval": 7,
+        "head_skipped_blocks": (1, 2, 3, 4),
+        "head_warmup": 0.9,
+        "token_cache": True,
+        "condition_cache": True,
+        "head_cache": True,
+    }
