@@ -8,12 +8,14 @@ The same command continues a run that was cut off, on any number of processes; `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,14 +73,6 @@ def evaluate(job: Job, options: Options) -> dict:
         prepare(options.output_dir, settings)
         return run.begin(settings, environment.describe(device))
 
-    unfinished = job.share(begin)
-    done = run.num_images - sum(len(run.indices(number)) for number in unfinished)
-    job.print0(f"{run.path}: {done:,} of {run.num_images:,} images are there")
-    if options.class_labels is None and options.num_images % options.shape.class_num:
-        job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
-    batches = generate(job.claim(unfinished), run, model, vae, options)
-    save(job, add_features(batches, extractor), run, done)
-
     def finish() -> dict:
         metrics = summarise(run, options, reference, extractor)
         metrics.update(settings=settings, environment=environment.describe(device))
@@ -86,7 +80,26 @@ def evaluate(job: Job, options: Options) -> dict:
         run.write("metrics.json", json.dumps(metrics, indent=2).encode())
         return metrics
 
-    return job.share(finish)
+    with disk_faults_explained(run.path):
+        unfinished = job.share(begin)
+        done = run.num_images - sum(len(run.indices(number)) for number in unfinished)
+        job.print0(f"{run.path}: {done:,} of {run.num_images:,} images are there")
+        if options.class_labels is None and options.num_images % options.shape.class_num:
+            job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
+        batches = generate(job.claim(unfinished), run, model, vae, options)
+        save(job, add_features(batches, extractor), run, done)
+        return job.share(finish)
+
+
+@contextlib.contextmanager
+def disk_faults_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {error.filename or folder}: {error.strerror}; nothing written before is damaged, and "
+            f"once that is put right, this goes on: {command_line()}"
+        ) from error
 
 
 def load_models(
@@ -182,32 +195,20 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
     Returns when all ranks are through; raises `Stopped` if a signal has ended `batches` early, once what was in
     flight is safe.
     """
-    progress = Progress(run.num_images, done, enabled=job.rank == 0)
-    job.watch.on_tick = lambda: progress.update(done + job.watch.all_done())
     start = time.perf_counter()
 
     def write(batch: Batch) -> None:
         run.save(batch)
         job.watch.count(len(batch.indices))
 
-    writers = Writers()
-    try:
-        try:
-            for batch in batches:
-                writers.submit(write, batch)
-        finally:
-            writers.flush()
-            print(f"rank {job.rank}: {job.watch.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
+    with Progress(run.num_images, done, enabled=job.rank == 0) as progress, Writers() as writers:
+        job.watch.on_tick = lambda: progress.update(done + job.watch.all_done())
+        for batch in batches:
+            writers.submit(write, batch)
+        writers.flush()
+        print(f"rank {job.rank}: {job.watch.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
         job.check_stop()
         job.gather(None)  # until the last rank is through
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {error.filename or run.path}: {error.strerror}; nothing written before is damaged, and "
-            f"once that is put right, this goes on: {command_line()}"
-        ) from error
-    finally:
-        job.watch.on_tick = lambda: None
-        progress.close()
 
 
 # When all are made

@@ -31,7 +31,8 @@ from util.scoring import Statistics, load_extractor
 from util.training import fit
 
 LABEL_DROPOUT = 0.1  # share of images trained without their class (MAR paper)
-NOISIEST, NOISIEST_EVERY = 70, 8  # one timestep in eight is drawn from the 70 noisiest alone
+NOISIEST, NOISIEST_EVERY = 70, 2  # one timestep in two is drawn from the 70 noisiest alone
+FIRST_EVERY, FIRST_WEIGHT = 4, 3e3  # at last one in four is where sampling starts, with this weight of its error
 
 
 def load_images(data: str, size: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +124,10 @@ def set_latent_std(vae: AutoencoderKL, old: float, new: float) -> None:
 
 
 def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """Masked prediction on the VAE's latents (MAR paper, section 4), with more of the noisiest timesteps."""
+    """Masked prediction on the VAE's latents (MAR paper, section 4), with more of the noisiest timesteps.
+
+    Then the head alone goes on in float32, above all on the timestep at which sampling starts.
+    """
     images, labels = load_images(args.data, preset.architecture.get("img_size", 256))
     torch.manual_seed(args.seed)
     model = create_model(args.model).to(device)
@@ -136,7 +140,9 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     head_loss = HybridLoss(device)
     num_images, num_tokens = args.batch_size, model.seq_len
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def head_inputs(network: MAR, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clean tokens [N, C] and the transformer's conditions [N, D] for them."""
+
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=device)
 
@@ -147,16 +153,20 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         num_known = num_tokens - masked_tokens(num_tokens, generator)
         tokens = model.patchify(latents).gather(1, positions[..., None].expand(-1, -1, model.token_dim))
         no_class = uniform(num_images, 1) < LABEL_DROPOUT
-        class_embedding = torch.where(no_class, model.fake_latent, model.class_emb(labels[chosen]))
+        class_embedding = torch.where(no_class, network.fake_latent, network.class_emb(labels[chosen]))
         with mixed_precision(device):
-            conditions = model(class_embedding, tokens[:, :num_known], positions)
+            conditions = network(class_embedding, tokens[:, :num_known], positions)
             # A fixed number of tokens goes to the head whatever the mask ratio: fewer masked ones repeat more often.
             rows = torch.arange(args.head_tokens, device=device) % (num_tokens - num_known)
-            targets = tokens[:, num_known:][:, rows].flatten(0, 1)
-            conditions = conditions[:, rows].flatten(0, 1)
-            timesteps = draw_timesteps(len(targets), generator)
-            noise = torch.randn(targets.shape, generator=generator, device=device)
-            return head_loss(model.diffloss.net, targets, conditions, timesteps, noise).mean()
+            return tokens[:, num_known:][:, rows].flatten(0, 1), conditions[:, rows].flatten(0, 1)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        targets, conditions = head_inputs(model, generator)
+        timesteps = draw_timesteps(len(targets), generator)
+        noise = torch.randn(targets.shape, generator=generator, device=device)
+        with mixed_precision(device):
+            squared_error, bound = head_loss(model.diffloss.net, targets, conditions, timesteps, noise)
+        return (squared_error + bound).mean()
 
     average = fit(
         model,
@@ -165,6 +175,28 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         steps=args.steps,
         lr=args.lr,
         no_weight_decay=["diffloss.", "class_emb.", "fake_latent", "mask_token", "encoder_pos", "decoder_pos"],
+        device=device,
+    )
+    head = average.diffloss.net.requires_grad_(True)
+
+    def polishing_loss(generator: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            targets, conditions = head_inputs(average, generator)
+        timesteps = draw_timesteps(len(targets), generator)
+        timesteps[::FIRST_EVERY] = NUM_TRAIN_STEPS - 1
+        weights = torch.where(timesteps == NUM_TRAIN_STEPS - 1, FIRST_WEIGHT, 1.0)
+        noise = torch.randn(targets.shape, generator=generator, device=device)
+        squared_error, bound = head_loss(head, targets, conditions.float(), timesteps, noise)
+        return (weights * squared_error + bound).mean()
+
+    average.diffloss.net = fit(
+        head,
+        polishing_loss,
+        folder=args.output_dir / "head",
+        steps=args.head_steps,
+        lr=args.lr / 2,
+        no_weight_decay=[""],
+        ema_decay=0.99,
         device=device,
     )
     save_safetensors(average.state_dict(), args.output_dir / "checkpoint-last.safetensors", {})
@@ -237,8 +269,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     vae = stage("vae", train_vae, steps=2500, batch_size=32, lr=1e-3)
     vae.add_argument("--pixel_std", type=float, default=0.08, help="larger: smoother latents, blurrier images")
-    mar = stage("mar", train_mar, steps=3600, batch_size=32, lr=1e-3)
+    mar = stage("mar", train_mar, steps=3000, batch_size=32, lr=1e-3)
     mar.add_argument("--vae_path", help="trained VAE (default: the preset's)")
+    mar.add_argument("--head_steps", type=int, default=600, help="further steps of the head alone")
     mar.add_argument("--head_tokens", type=int, default=256, help="tokens per image and step that train the head")
     stage("classifier", train_scorer, steps=2400, batch_size=250, lr=4e-3)
     args = parser.parse_args(argv)
@@ -249,8 +282,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for flag in ("steps", "batch_size", "lr"):
-        if not getattr(args, flag) > 0:
+    for flag in ("steps", "batch_size", "lr", "head_steps", "head_tokens", "pixel_std"):
+        if not getattr(args, flag, 1) > 0:
             raise InputError(f"--{flag} must be above 0, not {getattr(args, flag)}")
     args.run(args, PRESETS[args.model], choose_device(args.device))
 

@@ -26,8 +26,10 @@ class HybridLoss:
         rows = [torch.as_tensor(getattr(schedule, name), dtype=torch.float32, device=device) for name in names]
         self.table = torch.stack(rows, dim=1)  # [1000, 5]
 
-    def __call__(self, head: Head, tokens: Tensor, conditions: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Loss [N] of `tokens` [N, C] noised with `noise` [N, C] to `timesteps` [N], under `conditions` [N, D]."""
+    def __call__(
+        self, head: Head, tokens: Tensor, conditions: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Squared error [N] and bound [N] of `tokens` [N, C] noised with `noise`, under `conditions` [N, D]."""
         x_coef, eps_coef, log_beta, log_posterior, alpha_bar = self.table[timesteps].split(1, dim=1)
         noisy = alpha_bar.sqrt() * tokens + (1 - alpha_bar).sqrt() * noise
         eps, v = head(noisy, timesteps, conditions).float().chunk(2, dim=1)
@@ -41,4 +43,4 @@ class HybridLoss:
         divergence = 0.5 * (log_variance - log_posterior - 1 + torch.exp(log_posterior - log_variance) + error)
         likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + error)
         bound = torch.where(at_zero, likelihood, divergence) / math.log(2)
-        return ((eps - noise) ** 2 + bound).mean(dim=1)
+        return ((eps - noise) ** 2).mean(dim=1), bound.mean(dim=1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion.sampling import HeadSampler
@@ -39,14 +39,19 @@ class ProductCounter(TorchFunctionMode):
         self.flops = 0
 
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
-        result = func(*args, **(kwargs or {}))
+        # Tensors without values need no arithmetic: the costliest operations return a tensor of the right shape.
+        if func in (F.layer_norm, F.gelu, F.silu):
+            return args[0]
         if func is F.linear:
-            self.flops += 2 * result.numel() * args[0].shape[-1]
-        elif func is F.scaled_dot_product_attention:
+            rows, weight = args[:2]
+            self.flops += 2 * rows.numel() * len(weight)
+            return rows.new_empty(*rows.shape[:-1], len(weight))
+        if func is F.scaled_dot_product_attention:
             queries, keys, values = args
             pairs = queries.shape[:-1].numel() * keys.shape[-2]
             self.flops += 2 * pairs * (queries.shape[-1] + values.shape[-1])
-        return result
+            return queries.new_empty(*queries.shape[:-1], values.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def count_flops(
@@ -67,21 +72,23 @@ def count_flops(
     tokens = torch.empty(1, model.seq_len, model.token_dim, device="meta")
     counts = dict.fromkeys(Flops._fields, 0)
 
-    def counted(part: str, function: Callable[..., Tensor], *args) -> Tensor:
+    def counted(part: str, function: Callable, *args):
         with ProductCounter() as counter:
             result = function(*args)
         counts[part] += counter.flops
         return result
 
     with torch.inference_mode():
-        transformer = Transformer(model, positions[:, 0], positions, guided, cache)
+        transformer = counted("decoder", Transformer, model, positions[:, 0], positions, guided, cache)
         for step in plan:
             encoded = counted("encoder", transformer.encode, step, tokens)
             counted("decoder", transformer.decode, step, encoded)
         # The head's work is the same for every token: that on one, times their number.
-        head = HeadSampler(model.diffloss.net, num_sampling_steps, 1.0, guided, cache, torch.float32)
         conditions = torch.empty(2 if guided else 1, model.mask_token.shape[-1], device="meta")
         noise = torch.empty(num_sampling_steps + 1, 1, model.token_dim, device="meta")
+        make_head = partial(HeadSampler, model.diffloss.net, num_sampling_steps, 1.0, guided, cache, torch.float32)
+        head = counted("head", make_head)
+        once = counts["head"]
         counted("head", head, conditions, noise, cfg)
-    counts["head"] *= model.seq_len
+    counts["head"] = once + (counts["head"] - once) * model.seq_len
     return Flops(**counts)

@@ -318,6 +318,9 @@ def sample_steps(
         num_tokens = step.stop - step.start
         conditions = transformer(step, tokens.to(weight_dtype))
         draws = noise.draw(step.index, num_tokens).to(device, latents.dtype)
+        shape = (num_sampling_steps + 1, len(positions), num_tokens, model.token_dim)
+        if draws.shape != shape:
+            raise ValueError(f"noise.draw must return {list(shape)} here, not {list(draws.shape)}")
         sampled = head(conditions.flatten(0, 1), draws.flatten(1, 2), step.cfg).unflatten(0, (-1, num_tokens))
         tokens[:, step.start : step.stop] = sampled
         yield SampledStep(step, conditions, sampled)
@@ -357,14 +360,21 @@ def sample_tokens(
         ValueError: an argument is out of range; the message names it.
     """
     device = model.mask_token.device
-    class_labels = class_labels.to(device)
-    if class_labels.ndim != 1 or len(class_labels) < 1:
+    if class_labels.ndim != 1 or len(class_labels) < 1 or class_labels.is_floating_point():
         raise ValueError("class_labels must be a LongTensor [B] of at least one label")
+    if not (0 <= int(class_labels.min()) and int(class_labels.max()) < model.class_num):
+        raise ValueError(f"class_labels must be from 0 to {model.class_num - 1}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
     if noise is None:
         noise = ImageNoise(model, 0, range(len(class_labels)), num_sampling_steps, device)
+    if noise.orders.shape != (len(class_labels), model.seq_len):
+        raise ValueError(
+            f"noise.orders must be [{len(class_labels)}, {model.seq_len}] for these class_labels and this model, "
+            f"not {list(noise.orders.shape)}"
+        )
     dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
+    class_labels = class_labels.to(device)
     side = model.grid_size * model.patch_size
     latents = torch.empty(len(class_labels), model.vae_embed_dim, side, side, dtype=dtype, device=device)
     with torch.inference_mode():

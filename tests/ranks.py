@@ -8,6 +8,13 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+
+import eval as program
+from models import PRESETS, AutoencoderKL, create_model
+from util.checkpoint import save_safetensors
+from util.distributed import launch
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["eval"])
 
@@ -19,15 +26,26 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(output, 2)
     sys.argv = ["eval.py", *arguments]
 
-    import torch
-
-    import eval as program
-    from util.distributed import launch
-
     torch.set_num_threads(1)
     code = launch(program.main)
     sys.stdout.flush()
     os._exit(code)  # what a rank leaves to the interpreter's shutdown is not what is tested here
+
+
+def make_weights(folder: Path) -> list[str]:
+    """Flags that name random weights of mar_tiny and its VAE, written to `folder`.
+
+    A new network's head ignores its conditions; here it does not, so that a mistake anywhere shows in the images.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, vae = create_model("mar_tiny"), AutoencoderKL(**PRESETS["mar_tiny"].vae)
+        for name, parameter in model.diffloss.named_parameters():
+            if "adaLN" in name or "final" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    save_safetensors(model.state_dict(), folder / "checkpoint-last.safetensors", {})
+    save_safetensors(vae.state_dict(), folder / "vae.safetensors", {})
+    return ["--model", "mar_tiny", "--resume", str(folder), "--vae_path", str(folder / "vae.safetensors")]
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """The sampler against vectors recorded in float64 from the authors' implementation (MIT, commit 6c65efa).
 
-`data/model.safetensors` is a small MAR of the paper's geometry; `data/case_*.npz` hold a run's settings, its orders, the
-conditions `z_<step>` and the latents. Noise is made from the case's and the step's name.
+`data/model.safetensors` is a small MAR of the paper's geometry; `data/case_*.npz` hold a run's settings, its orders,
+the conditions `z_<step>` and the latents. Noise is made from the case's and the step's name.
 """
 
 from __future__ import annotations

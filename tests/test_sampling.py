@@ -342,3 +342,19 @@ def test_policy_defaults_are_the_papers() -> None:
         "condition_cache": True,
         "head_cache": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("labels", "noise", "named"),
+    [
+        (torch.tensor([0, 5]), (2, 21), "class_labels must be from 0 to 4"),
+        (torch.tensor([-1, 2]), (2, 21), "class_labels must be from 0 to 4"),
+        (torch.tensor([0.0, 1.0]), (2, 21), "class_labels must be a LongTensor"),
+        (torch.tensor([0, 1]), (3, 21), "noise.orders"),
+        (torch.tensor([0, 1]), (2, 10), "noise.draw"),
+    ],
+)
+def test_labels_and_noise_that_do_not_fit_are_refused(labels, noise, named):
+    batch, num_sampling_steps = noise
+    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
+        sample_tokens(MODEL, labels, **SETTINGS, noise=noise_for(MODEL, batch, num_sampling_steps))

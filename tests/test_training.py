@@ -50,10 +50,10 @@ def test_the_first_of_100_steps_multiplies_errors_by_316():
 def test_the_bound_trains_the_variance_and_not_the_noise():
     outputs = torch.zeros(64, 8, requires_grad=True)
     noise = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    loss = HybridLoss(torch.device("cpu"))(
+    squared_error, bound = HybridLoss(torch.device("cpu"))(
         lambda *_: outputs, torch.ones(64, 4), torch.empty(64, 0), torch.arange(64) * 15, noise
     )
-    (gradient,) = torch.autograd.grad(loss.sum(), outputs)
+    (gradient,) = torch.autograd.grad((squared_error + bound).sum(), outputs)
     torch.testing.assert_close(gradient[:, :4], -2 * noise / 4)  # of the squared error alone
     assert (gradient[:, 4:].abs() > 0).any()
 
@@ -145,7 +145,16 @@ def test_training_runs_from_a_folder_of_images_to_weights_that_load(tmp_path, ca
     common = ["--data", str(tmp_path / "data"), "--steps", "2", "--batch_size", "2", "--device", "cpu"]
     vae, mar = tmp_path / "vae", tmp_path / "mar"
     assert train.main(["vae", *common, "--output_dir", str(vae)]) == 0
-    arguments = ["--vae_path", str(vae / "vae.safetensors"), "--head_tokens", "8", "--output_dir", str(mar)]
+    arguments = [
+        "--vae_path",
+        str(vae / "vae.safetensors"),
+        "--head_tokens",
+        "8",
+        "--head_steps",
+        "2",
+        "--output_dir",
+        str(mar),
+    ]
     assert train.main(["mar", *common, *arguments]) == 0
     train.load_weights(create_model("mar_tiny"), mar, what="mar_tiny")
 

@@ -15,7 +15,7 @@ IMAGES_AT_ONCE = 16  # in a convolutional network on a GPU, which bounds its act
 
 
 class Writers:
-    """A few threads that work behind one's back, with a bound on what waits for them."""
+    """A few threads that work in the background, with a bound on what waits for them; the block's end waits for all."""
 
     def __init__(self, num_threads: int = 4) -> None:
         self._num_threads = num_threads
@@ -32,6 +32,12 @@ class Writers:
         """Wait until everything is done. Raises what a call has raised."""
         while self._running:
             self._running.popleft().result()
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 def map_images(network: Callable[[Tensor], T], images: Tensor) -> list[T]:

@@ -1,0 +1,188 @@
+"""The folder of a run, and the small parts that eval.py is made of, without any network."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from util.distributed import Job, Stopped, launch
+from util.errors import InputError
+from util.images import contact_sheet, to_uint8
+from util.progress import Progress
+from util.run_folder import Batch, RunFolder, prepare
+from util.threads import Writers, map_images
+
+SETTINGS = {"seed": 0, "class_labels": (1, 2), "cache": {"start_step": 5}}
+
+
+def make_batch(run: RunFolder, number: int) -> Batch:
+    indices = run.indices(number)
+    chance = np.random.default_rng(number)
+    pixels = chance.integers(0, 256, (len(indices), 8, 8, 3), dtype=np.uint8)
+    features = np.full((len(indices), 4), number, np.float32)
+    return Batch(
+        number, indices, pixels, features, features[:, :2], sample_seconds=0.5, first=number == 0, worker="here"
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    """A run of 7 images in batches of 3, of which two are done."""
+    run = RunFolder(tmp_path / "run", 7, 3, image_size=8, extractor="kind digest", saved=lambda index: True)
+    prepare(run.path, SETTINGS)
+    assert run.begin(SETTINGS, {"torch": "2"}) == [0, 1, 2]
+    for number in (0, 2):
+        run.save(make_batch(run, number))
+    return run
+
+
+def test_what_was_saved_is_read_again(run):
+    assert run.unfinished() == [1]
+    assert run.begin(SETTINGS, {"torch": "2"}) == [1]
+    batch = run.read(2)
+    assert batch.indices == range(6, 7) and batch.features.tolist() == [[2, 2, 2, 2]] and batch.logits.shape == (1, 2)
+    assert (batch.sample_seconds, batch.first, batch.worker) == (0.5, False, "here") and np.isnan(batch.decode_seconds)
+    assert np.array_equal(run.read_pixels(2), make_batch(run, 2).pixels)
+    assert run.read_pixels(1) is None and run.known(1).features is None
+
+
+def test_other_settings_are_named(run):
+    prepare(run.path, {"seed": 0})
+    with pytest.raises(InputError, match=r"seed 0 there, 1 now; cache\.start_step 5 there, 4 now\)"):
+        prepare(run.path, {**SETTINGS, "seed": 1, "cache": {"start_step": 4}})
+    with pytest.raises(InputError, match=r"class_labels \[1, 2\] there, \[2, 1\] now"):
+        prepare(run.path, {**SETTINGS, "class_labels": (2, 1)})
+
+
+def test_a_folder_without_a_finished_batch_takes_new_settings(run):
+    for file in (run.path / "batches").iterdir():
+        file.unlink()
+    prepare(run.path, {"seed": 1})
+    run.begin({"seed": 1}, {})
+    for number in range(3):
+        run.save(make_batch(run, number))
+    with pytest.raises(InputError, match="seed 1 there, 0 now"):
+        prepare(run.path, SETTINGS)
+
+
+def test_overwriting_leaves_what_is_not_of_the_run(run):
+    (run.path / "notes.txt").write_text("mine")
+    (run.path / "images" / "holiday.jpg").write_text("mine too")
+    prepare(run.path, {"seed": 1}, overwrite=True)
+    assert sorted(path.name for path in run.path.rglob("*.*")) == ["holiday.jpg", "notes.txt"]
+
+
+def test_a_damaged_settings_file_is_named(run):
+    (run.path / "run.json").write_text('{"settings": ')
+    with pytest.raises(InputError, match=r"run\.json is damaged .* --overwrite"):
+        prepare(run.path, SETTINGS)
+
+
+def test_another_environment_is_said(run, capsys):
+    run.begin(SETTINGS, {"torch": "3", "processor": "new"})
+    assert "torch 2 there, 3 now" in capsys.readouterr().out
+
+
+def test_features_of_another_extractor_are_not_taken(run):
+    other = dataclasses.replace(run, extractor="kind other")
+    assert other.unfinished() == [0, 1, 2]
+    assert dataclasses.replace(run, extractor=None).unfinished() == [1]
+
+
+def test_a_record_with_a_flipped_bit_is_not_taken(run):
+    file = run.batch_path(2)
+    content = bytearray(file.read_bytes())
+    position = content.index(np.float32(2).tobytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    assert run.unfinished() == [1, 2]
+
+
+def test_a_disk_too_small_is_refused_before_the_work(run):
+    huge = dataclasses.replace(run, num_images=3000, image_size=10**6)
+    with pytest.raises(InputError, match=r"needs about [\d.]+ GB more"):
+        huge.begin(SETTINGS, {"torch": "2"})
+    unsaved = dataclasses.replace(huge, saved=lambda index: False)
+    assert len(unsaved.begin(SETTINGS, {"torch": "2"})) == 999
+
+
+def test_pixels_are_rounded_to_the_nearest():
+    values = torch.tensor([-1.2, -1.0, -1 + 2 * 0.49 / 255, -1 + 2 * 0.51 / 255, 0.0, 1.0, 7.0])
+    assert to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+def test_the_contact_sheet_shows_each_image_in_its_place():
+    images = [np.full((4, 4, 3), shade, np.uint8) for shade in range(10, 60, 10)]
+    sheet = contact_sheet(images, columns=3, gap=2, min_size=8)
+    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
+    assert [sheet[5 + 10 * (n // 3), 5 + 10 * (n % 3), 0] for n in range(6)] == [10, 20, 30, 40, 50, 255]
+    assert sheet[:2].min() == 255
+
+
+def test_images_keep_their_order_over_threads():
+    images = torch.arange(40).view(20, 2)
+    threads = torch.get_num_threads()
+    assert torch.equal(torch.cat(map_images(lambda part: part * 2, images)), images * 2)
+    assert torch.get_num_threads() == threads
+
+
+def test_writers_are_bounded_and_report_what_went_wrong():
+    go, started = threading.Event(), []
+
+    def slow(number: int) -> None:
+        started.append(number)
+        assert go.wait(20)
+
+    with Writers(num_threads=2) as writers:
+        writers.submit(slow, 0)
+        writers.submit(slow, 1)
+        third = threading.Thread(target=writers.submit, args=(slow, 2))
+        third.start()
+        third.join(0.2)
+        assert third.is_alive() and 2 not in started
+        go.set()
+        third.join(20)
+        writers.flush()
+        assert sorted(started) == [0, 1, 2]
+        writers.submit(Path("/proc/nowhere").write_text, "")
+        with pytest.raises(OSError):
+            writers.flush()
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    with Progress(1000, 200, line_seconds=0) as progress:
+        progress.update(200)
+        progress.update(600)
+    progress.update(700)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["200 of 1,000 images"] * 2 and len(lines) == 3
+    assert lines[2].startswith("600 of 1,000 images, ") and lines[2].endswith(" images/s, 00:00 left")
+    with Progress(1000, enabled=False, line_seconds=0) as progress:
+        progress.update(5)
+    assert not capsys.readouterr().err
+
+
+def test_a_job_of_one_needs_no_launcher(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    seen = []
+
+    def work(job: Job) -> None:
+        seen.append((job.rank, job.world_size, list(job.claim("abc")), job.gather(1), job.share(lambda: {"a": 2})))
+
+    assert launch(work) == 0
+    assert seen == [(0, 1, ["a", "b", "c"], [1], {"a": 2})]
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError("x"), 2), (Stopped(15), 143), (ValueError("x"), 1)])
+def test_what_ends_a_job_decides_its_exit_code(error, code, capsys):
+    def work(job: Job) -> None:
+        raise error
+
+    assert launch(work) == code
+    printed = capsys.readouterr().err
+    assert {2: "error: x\n", 143: "stopped by SIGTERM; to go on: python", 1: "ValueError: x"}[code] in printed
