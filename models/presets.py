@@ -59,7 +59,7 @@ PRESETS = {
             "diffloss_d": 6,
             "diffloss_w": 256,
         },
-        cfg=2.0,
+        cfg=4.0,
         checkpoint="pretrained_models/mar/mar_tiny/checkpoint-last.safetensors",
         vae_path="pretrained_models/vae/mar_tiny.safetensors",
         vae={"embed_dim": 4, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1},

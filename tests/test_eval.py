@@ -250,6 +250,20 @@ def test_other_settings_are_refused_unless_the_run_is_given_up(copy, command, ca
     assert len(images(copy)) == NUM_IMAGES and not set(images(copy).values()) & set(images(whole).values())
 
 
+def test_a_restart_by_torchrun_does_not_overwrite_again(copy, command, monkeypatch, whole):
+    again = command(copy, "--overwrite")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+    assert run(again) == 0
+    monkeypatch.setattr(program, "sample_tokens", None)
+    assert run(again) == 0
+    assert_same(copy, whole)
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
+    (copy / "images" / "000000.png").write_bytes(b"not an image of this run")
+    assert run([*again, "--no-score"]) == 0
+    assert images(copy) == images(whole)
+
+
 def test_other_weights_are_refused(copy, command, capsys, tmp_path, weights):
     other = tmp_path / "other.safetensors"
     save_safetensors(create_model("mar_tiny").state_dict(), other, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import socket
 from importlib.metadata import version
@@ -75,3 +76,9 @@ def weights_digest(network: nn.Module) -> str:
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def launch_name() -> str | None:
+    """The same for a process and for those that torchrun starts in its place; None without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()} {os.getppid()}" if run == "none" else run  # "none": several have this one

@@ -26,6 +26,7 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 
+from util.environment import launch_name
 from util.errors import InputError
 from util.files import atomic_write
 from util.images import encode_png
@@ -87,7 +88,7 @@ class RunFolder:
         Raises InputError if there is no room for what is missing.
         """
         if _read(self.path, "settings") != _flat(settings):
-            content = {"settings": settings, "environment": environment}
+            content = {"settings": settings, "environment": environment, "begun_by": launch_name()}
             self.write("run.json", json.dumps(content, indent=2).encode())
         elif changed := _differences(_read(self.path, "environment"), environment):
             print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
@@ -188,7 +189,8 @@ def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
     """Make the folder of a run, or see that it can be written and that what it holds was made with these settings.
 
     To be called early, with the settings that are known without work, and again with all of them. A folder without a
-    finished batch takes new settings.
+    finished batch takes new settings. `overwrite` deletes the run that is there, unless torchrun has restarted the
+    very command that began it.
 
     Raises:
         InputError: the folder cannot be written, holds something else, or its settings differ.
@@ -200,7 +202,7 @@ def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
             with atomic_write(folder / "writable") as probe:
                 probe.write_bytes(b"?")
             (folder / "writable").unlink()
-        if overwrite:
+        if overwrite and (launch_name() is None or f'"begun_by": "{launch_name()}"' not in _text(path / "run.json")):
             for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
                 for file in path.glob(pattern):
                     file.unlink()
@@ -213,6 +215,10 @@ def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
             f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): choose another "
             "--output_dir, or give --overwrite to delete that run"
         )
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def _read(path: Path, part: str) -> dict:

@@ -145,12 +145,12 @@ class Watch:
 
 
 def command_line() -> str:
-    """The command that this process was started with, as far as a process can know."""
+    """The command that continues what this process was started for, as far as a process can know."""
     launcher = "python"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         nodes, local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = f"torchrun --nnodes={nodes} --nproc_per_node={local}"
-    return f"{launcher} {shlex.join(sys.argv)}"
+    return f"{launcher} {shlex.join(argument for argument in sys.argv if argument != '--overwrite')}"
 
 
 def put(store: dist.Store, key: str, value: str) -> None:
