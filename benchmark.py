@@ -125,6 +125,7 @@ def measure(
 
 
 def table(pair: list[Measurement]) -> str:
+    """A line per method; the three FLOP counts are the encoder's, the decoder's and the head's."""
     lines = []
     for result in pair:
         spread = f"({result.fastest:.3f} to {result.slowest:.3f})"
@@ -132,7 +133,7 @@ def table(pair: list[Measurement]) -> str:
         lines.append(
             f"{result.model:10s} batch {result.batch_size:<4d}{result.dtype:9s} {result.method:9s}"
             f"{result.seconds:9.3f} s/image {spread:20s} x{pair[0].seconds / result.seconds:5.2f}"
-            f"  {result.flops.total / 1e12:7.3f} TFLOPs (encoder, decoder, head: {parts}), {result.share_of_peak:4.0%} of peak"
+            f"  {result.flops.total / 1e12:7.3f} TFLOPs ({parts}), {result.share_of_peak:4.0%} of peak"
             f"  VAE {result.vae_seconds:.3f} s  {result.peak_bytes / 1e9:.1f} GB"
         )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Compare two finished runs of `eval.py`, usually the baseline and LazyMAR: quality, speed, and the images side by side.
+"""Compare two finished runs of `eval.py`, such as baseline and LazyMAR: quality, speed, and the images side by side.
 
-    python compare.py output/demo/baseline output/demo/lazymar --output side_by_side.png
+python compare.py output/demo/baseline output/demo/lazymar --output side_by_side.png
 """
 
 from __future__ import annotations

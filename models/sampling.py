@@ -362,7 +362,7 @@ def sample_tokens(
     device = model.mask_token.device
     if class_labels.ndim != 1 or len(class_labels) < 1 or class_labels.is_floating_point():
         raise ValueError("class_labels must be a LongTensor [B] of at least one label")
-    if not (0 <= int(class_labels.min()) and int(class_labels.max()) < model.class_num):
+    if int(class_labels.min()) < 0 or int(class_labels.max()) >= model.class_num:
         raise ValueError(f"class_labels must be from 0 to {model.class_num - 1}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
