@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-DEMO = --model mar_tiny --num_images 200 --eval_bsz 50
+DEMO = --model mar_tiny --num_images 120 --eval_bsz 20
 
 .PHONY: demo test lint install clean
 
