@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-DEMO = --model mar_tiny --num_images 120 --eval_bsz 20
+DEMO = --model mar_tiny --num_images 80 --eval_bsz 20
 
 .PHONY: demo test lint install clean
 
