@@ -17,7 +17,7 @@ from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.images import contact_sheet, encode_png
 
-PAIRS_PER_ROW, ROWS = 10, 4
+PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40
 ROWS_SHOWN = (  # label, key in metrics.json, factor, format
     ("FID", "fid", 1, "{:.3f}"),
     ("IS", "isc", 1, "{:.3f}"),
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(baseline, other))
     if args.output:
         with atomic_write(args.output) as partial:
-            partial.write_bytes(encode_png(side_by_side(args.baseline, args.other, PAIRS_PER_ROW * ROWS)))
+            partial.write_bytes(encode_png(side_by_side(args.baseline, args.other, PAIRS_SHOWN)))
         print(f"side by side, the baseline above: {args.output}")
 
 

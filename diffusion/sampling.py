@@ -46,7 +46,7 @@ class HeadSampler:
         policy: CachePolicy | None,
         dtype: torch.dtype,
     ) -> None:
-        self.head, self.temperature, self.guided, self.dtype = head, temperature, guided, dtype
+        self.head, self.temperature, self.guided = head, temperature, guided
         self.schedule = NoiseSchedule.create(num_sampling_steps)
         self.kinds = make_head_plan(num_sampling_steps, policy)
         skipped = policy.head_skipped_blocks if policy is not None and policy.head_cache else ()
