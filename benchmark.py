@@ -1,7 +1,7 @@
-"""Time sampling, baseline against LazyMAR, by model, batch size and number format; no weights are needed.
+"""Time sampling, baseline against LazyMAR, by model, batch size, steps and number format; no weights are needed.
 
     python benchmark.py --models mar_base --batch_sizes 1 8 --dtypes float32 bfloat16
-    python benchmark.py --models mar_huge --batch_sizes 1 128 --dtypes bfloat16 --device cuda
+    python benchmark.py --models mar_huge --batch_sizes 1 128 --dtypes bfloat16 --device cuda --plot speed.png
 
 Speed does not depend on the weights, so they are random. The two methods take turns, and each figure is the median of
 `--repeats` runs; the machine's own rate of matrix products is measured in the same run.
@@ -17,36 +17,53 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from models import MAR, PRESETS, AutoencoderKL, CachePolicy, ImageNoise, cast_model, count_flops, create_model
-from models.flops import Flops
-from models.sampling import sample_tokens
-from util.environment import DTYPES, choose_device, describe
+from models import (
+    MAR,
+    PRESETS,
+    AutoencoderKL,
+    CachePolicy,
+    ImageNoise,
+    Sampler,
+    cast_model,
+    count_flops,
+    create_model,
+    pack_linear_layers,
+)
+from models.flops import Flops, count_decoding_flops
+from models.vae import for_inference
+from util.environment import DTYPES, choose_device, describe, processor_name
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
-from util.threads import map_images
+from util.images import decode
 
 METHODS = {"baseline": None, "LazyMAR": CachePolicy()}
+WARMUPS = {"cpu": 0, "cuda": 2}  # a GPU's first batch runs as it stands, the second is recorded
 
 
 @dataclass
 class Measurement:
-    """One method in one setting. Seconds are per image; FLOPs of one image, without the VAE."""
+    """One method in one setting. Seconds are per image; FLOPs are one image's."""
 
     model: str
     batch_size: int
+    num_iter: int
     dtype: str
     method: str
-    seconds: float
+    seconds: float  # of sampling, the median run
     fastest: float
     slowest: float
     vae_seconds: float
     flops: Flops
-    share_of_peak: float
+    vae_flops: int
+    share_of_peak: float  # of the measured rate of matrix products
     peak_bytes: int
 
 
@@ -77,39 +94,28 @@ def peak_bytes(device: torch.device) -> int:
 
 @torch.inference_mode()
 def measure(
-    model: MAR, name: str, batch_size: int, dtype: str, args: argparse.Namespace, device: torch.device, rate: float
+    model: MAR, name: str, batch_size: int, num_iter: int, dtype: str, args: argparse.Namespace, rate: float
 ) -> list[Measurement]:
-    """Both methods on one model, in turn."""
-    cfg, labels = PRESETS[name].cfg, torch.arange(batch_size) % model.class_num
-    noise = ImageNoise(model, 0, range(batch_size), args.num_sampling_steps, device)
-    settings = {"num_iter": args.num_iter, "cfg": cfg, "num_sampling_steps": args.num_sampling_steps, "noise": noise}
-    seconds, peaks = {method: [] for method in METHODS}, {}
-    for _ in tqdm(range(args.repeats), desc=f"{name}, batch {batch_size}, {dtype}", leave=False):
-        for method, cache in METHODS.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            elapsed = timed(lambda cache=cache: sample_tokens(model, labels, cache=cache, **settings), device)
-            seconds[method].append(elapsed / batch_size)
-            peaks[method] = peak_bytes(device)
+    """The methods on one model, in turn. `rate` is the peak that they are compared with, in FLOP/s."""
+    device = model.mask_token.device
+    settings = {"num_iter": num_iter, "cfg": PRESETS[name].cfg, "num_sampling_steps": args.num_sampling_steps}
+    seconds, peaks = time_methods(model, batch_size, settings, args, f"{name}, batch {batch_size}, {dtype}")
 
-    vae = AutoencoderKL(**PRESETS[name].vae).to(device).eval()
+    vae = for_inference(AutoencoderKL(**PRESETS[name].vae), DTYPES[dtype]).to(device)
     side = model.grid_size * model.patch_size
     latents = torch.randn(batch_size, model.vae_embed_dim, side, side, device=device)
-    decode = torch.inference_mode()(vae.decode)  # the mode does not extend to other threads by itself
-    vae_seconds = timed(lambda: map_images(decode, latents), device) / batch_size
+    vae_seconds = min(timed(lambda: decode(vae, latents), device) for _ in range(2)) / batch_size
 
     with torch.device("meta"):
-        shapes = create_model(name)
+        shapes, vae_shapes = create_model(name), AutoencoderKL(**PRESETS[name].vae)
     results = []
-    for method, cache in METHODS.items():
-        flops = count_flops(
-            shapes, num_iter=args.num_iter, cfg=cfg, num_sampling_steps=args.num_sampling_steps, cache=cache
-        )
-        median = statistics.median(seconds[method])
+    for method in args.methods:
+        flops, median = count_flops(shapes, **settings, cache=METHODS[method]), statistics.median(seconds[method])
         results.append(
             Measurement(
                 model=name,
                 batch_size=batch_size,
+                num_iter=num_iter,
                 dtype=dtype,
                 method=method,
                 seconds=median,
@@ -117,6 +123,7 @@ def measure(
                 slowest=max(seconds[method]),
                 vae_seconds=vae_seconds,
                 flops=flops,
+                vae_flops=count_decoding_flops(vae_shapes, side),
                 share_of_peak=flops.total / median / rate,
                 peak_bytes=peaks[method],
             )
@@ -124,31 +131,110 @@ def measure(
     return results
 
 
+def time_methods(
+    model: MAR, batch_size: int, settings: dict, args: argparse.Namespace, description: str
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per image of each run, and bytes of memory at the most, by method."""
+    device = model.mask_token.device
+    labels = torch.arange(batch_size) % model.class_num
+    noise = ImageNoise(model, 0, range(batch_size), args.num_sampling_steps, device)
+    samplers = {method: Sampler(model, **settings, cache=METHODS[method]) for method in args.methods}
+    runs = {method: partial(sampler, labels, noise) for method, sampler in samplers.items()}
+    seconds, peaks = {method: [] for method in args.methods}, {}
+    for turn in tqdm(range(WARMUPS[device.type] + args.repeats), desc=description, leave=False):
+        for method, run in runs.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            elapsed = timed(run, device)
+            if turn >= WARMUPS[device.type]:
+                seconds[method].append(elapsed / batch_size)
+                peaks[method] = peak_bytes(device)
+    if args.profile:
+        print(profiled(runs[args.methods[-1]], device))
+    return seconds, peaks
+
+
+def profiled(run: Callable[[], object], device: torch.device) -> str:
+    """The operations that take longest, of one run."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=kinds) as profiler:
+        timed(run, device)
+    return profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15)
+
+
 def table(pair: list[Measurement]) -> str:
-    """A line per method; the three FLOP counts are the encoder's, the decoder's and the head's."""
+    """A line per method; the FLOP counts are the encoder's, the decoder's, the head's and, apart, the VAE's."""
     lines = []
     for result in pair:
         spread = f"({result.fastest:.3f} to {result.slowest:.3f})"
-        parts = ", ".join(f"{part / 1e12:.3f}" for part in result.flops)
+        parts = " + ".join(f"{part / 1e12:.3f}" for part in result.flops)
+        vae_share = result.vae_seconds / (result.seconds + result.vae_seconds)
         lines.append(
-            f"{result.model:10s} batch {result.batch_size:<4d}{result.dtype:9s} {result.method:9s}"
-            f"{result.seconds:9.3f} s/image {spread:20s} x{pair[0].seconds / result.seconds:5.2f}"
+            f"{result.model:10s} batch {result.batch_size:<4d}steps {result.num_iter:<4d}{result.dtype:9s} "
+            f"{result.method:9s}{result.seconds:8.3f} s/image {spread:18s} x{pair[0].seconds / result.seconds:5.2f}"
             f"  {result.flops.total / 1e12:7.3f} TFLOPs ({parts}), {result.share_of_peak:4.0%} of peak"
-            f"  VAE {result.vae_seconds:.3f} s  {result.peak_bytes / 1e9:.1f} GB"
+            f"  VAE {result.vae_seconds:.3f} s ({vae_share:.0%}), {result.vae_flops / 1e12:.3f} TFLOPs"
+            f"  {result.peak_bytes / 1e9:.1f} GB"
         )
     return "\n".join(lines)
+
+
+def read(path: Path) -> tuple[str, list[Measurement]]:
+    """The title and measurements of an earlier run's `--output`. Raises InputError if it is no such file."""
+    try:
+        content = json.loads(path.read_text())
+        return content["title"], [Measurement(**{**row, "flops": Flops(**row["flops"])}) for row in content["results"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--join {path} is not what --output writes ({error}): measure again") from None
+
+
+def plot(results: list[Measurement], title: str, path: Path) -> None:
+    """How the seconds per image grow with each setting of which several were measured, a panel for each.
+
+    A line joins measurements that differ in the panel's setting alone.
+    """
+    from matplotlib.figure import Figure  # it takes a second that other runs need not wait
+
+    axes = {"batch_size": "batch", "num_iter": "steps", "model": "model"}
+    several = [name for name in [*axes, "dtype"] if len({getattr(result, name) for result in results}) > 1]
+    varied = [name for name in several if name in axes] or ["model"]
+    figure = Figure(figsize=(4.5 * len(varied), 3.6), layout="constrained")
+    for panel, axis in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied):
+        lines: dict[str, list[Measurement]] = {}
+        for result in sorted(results, key=lambda result: result.flops.total * result.batch_size):
+            others = [f"{axes.get(name, '')} {getattr(result, name)}".strip() for name in several if name != axis]
+            lines.setdefault(", ".join([*others, result.method]), []).append(result)
+        longest = max(map(len, lines.values()))
+        for label, line in lines.items():
+            if len(line) > 1 or longest == 1:
+                x = [str(getattr(result, axis)) for result in line]
+                style = {"baseline": "s--", "LazyMAR": "o-"}[line[0].method]
+                panel.plot(x, [result.seconds for result in line], style, label=label)
+        panel.set(xlabel=axes[axis], ylabel="seconds per image", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(axis="y", which="both", labelsize=7)
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=6)
+    figure.suptitle(f"Sampling on {title}", fontsize=9)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mar_base"], choices=list(PRESETS), metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument("--num_iter", nargs="+", type=int, default=[64], metavar="N", help="autoregressive steps")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
-    parser.add_argument("--num_iter", type=int, default=64)
     parser.add_argument("--num_sampling_steps", type=int, default=100)
+    parser.add_argument("--profile", action="store_true", help="print, too, what takes longest in the last method")
     parser.add_argument("--output", type=Path, help="write everything there too (JSON)")
+    parser.add_argument("--plot", type=Path, help="write a plot there (.png, .svg or .pdf)")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="only --plot what --output has written")
     return parser.parse_args(argv)
 
 
@@ -159,27 +245,38 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(args, flag)
         if min(value if isinstance(value, list) else [value]) < 1:
             raise InputError(f"--{flag} must be at least 1, not {value}")
+    if args.join and not args.plot:
+        raise InputError("--join draws what was measured before: give --plot, too")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot must end in .png, .svg or .pdf, not be {args.plot}")
+    if args.join:
+        titles, results = zip(*map(read, args.join))
+        plot([result for some in results for result in some], titles[0], args.plot)
+        return
     device = choose_device(args.device)
     environment, results = describe(device), []
-    print(
-        f"{environment['processor']}, torch {environment['torch']}; random weights; FLOPs as encoder + decoder + head"
-    )
+    title = f"{processor_name(device)}, PyTorch {environment['torch']}"
+    print(f"{title}; random weights; FLOPs: encoder + decoder + head")
     for dtype in args.dtypes:
         rate = matmul_rate(device, DTYPES[dtype])
         print(f"{dtype}: matrix products at {rate / 1e12:.2f} TFLOP/s")
         for name in args.models:
-            model = cast_model(create_model(name), DTYPES[dtype]).to(device)
-            for batch_size in args.batch_sizes:
+            model = pack_linear_layers(cast_model(create_model(name), DTYPES[dtype]).to(device))
+            for batch_size, num_iter in product(args.batch_sizes, args.num_iter):
                 try:
-                    pair = measure(model, name, batch_size, dtype, args, device, rate)
+                    pair = measure(model, name, batch_size, num_iter, dtype, args, rate)
                 except ValueError as error:
                     raise InputError(f"--{error}") from None
                 results += pair
                 print(table(pair), flush=True)
     if args.output:
         rows = [{**asdict(result), "flops": result.flops._asdict()} for result in results]
-        with atomic_write(args.output) as partial:
-            partial.write_text(json.dumps({"environment": environment, "results": rows}, indent=2) + "\n")
+        with atomic_write(args.output) as temporary:
+            temporary.write_text(
+                json.dumps({"title": title, "environment": environment, "results": rows}, indent=2) + "\n"
+            )
+    if args.plot:
+        plot(results, title, args.plot)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models import MAR, PRESETS, AutoencoderKL, ImageNoise, cast_model, count_flops, create_model, sample_tokens
+from models import (
+    MAR,
+    PRESETS,
+    AutoencoderKL,
+    ImageNoise,
+    Sampler,
+    cast_model,
+    count_flops,
+    create_model,
+    pack_linear_layers,
+)
+from models.vae import for_inference
 from util import environment
 from util.checkpoint import LoadedWeights, load_weights
 from util.distributed import Job, launch
 from util.errors import InputError
-from util.images import contact_sheet, encode_png, to_uint8
+from util.images import contact_sheet, decode, encode_png, to_uint8
 from util.memory import check_memory, out_of_memory_explained
 from util.options import Options, check, parse_options
 from util.progress import Progress
@@ -105,7 +116,7 @@ def disk_faults_explained(folder: Path) -> Iterator[None]:
 def load_models(
     options: Options, device: torch.device, dtype: torch.dtype
 ) -> tuple[MAR, AutoencoderKL, dict[str, LoadedWeights]]:
-    """MAR, its VAE, and where their weights came from."""
+    """MAR and its VAE, ready for use in `dtype`, and where their weights came from."""
     with torch.device("meta"):
         model, vae = create_model(options.model), AutoencoderKL(**options.preset.vae).eval()
 
@@ -119,7 +130,7 @@ def load_models(
         options.model: load_weights(model, options.resume, what=options.model, device=device, identify=identify),
         "the VAE": load_weights(vae, options.vae_path, what="the VAE", device=device, ignore_prefixes=["loss."]),
     }
-    return cast_model(model, dtype), vae, weights
+    return pack_linear_layers(cast_model(model, dtype)), for_inference(vae, dtype), weights
 
 
 # Making images
@@ -129,43 +140,35 @@ def generate(
     numbers: Iterable[int], run: RunFolder, model: MAR, vae: AutoencoderKL, options: Options
 ) -> Iterator[Batch]:
     """Make the images of each batch, unless all of them are there and only its record was lost."""
-    device, labels, first = model.mask_token.device, torch.tensor(options.labels()), True
+    device, labels, made = model.mask_token.device, torch.tensor(options.labels()), 0
+    sampler = Sampler(
+        model,
+        num_iter=options.num_iter,
+        cfg=options.cfg,
+        cfg_schedule=options.cfg_schedule,
+        temperature=options.temperature,
+        num_sampling_steps=options.num_sampling_steps,
+        cache=options.cache,
+        cuda_graphs=options.cuda_graphs,
+    )
     for number in numbers:
         batch = run.known(number)
         batch.pixels = run.read_pixels(number)
         if batch.pixels is None:
+            first = made < (1 if sampler.record is None else 2)  # the second batch is recorded where that is possible
             batch = Batch(number, run.indices(number), first=first, worker=environment.where(device))
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
-                latents = sample_tokens(
-                    model,
-                    labels[batch.indices.start : batch.indices.stop],
-                    num_iter=options.num_iter,
-                    cfg=options.cfg,
-                    cfg_schedule=options.cfg_schedule,
-                    temperature=options.temperature,
-                    num_sampling_steps=options.num_sampling_steps,
-                    cache=options.cache,
-                    noise=ImageNoise(model, options.seed, batch.indices, options.num_sampling_steps, device),
-                )
+                noise = ImageNoise(model, options.seed, batch.indices, options.num_sampling_steps, device)
+                latents = sampler(labels[batch.indices.start : batch.indices.stop], noise)
                 check_finite(latents, "latents", batch.indices)  # waits for the device
                 sampled = time.perf_counter()
                 images = decode(vae, latents / model.latent_scale)
                 check_finite(images, "decoded pixels", batch.indices)
                 batch.pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
             batch.sample_seconds, batch.decode_seconds = sampled - start, time.perf_counter() - sampled
-            first = False
+            made += 1
         yield batch
-
-
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, H, W] float32, in about [-1, 1], of the VAE's latents [B, C, h, w]."""
-
-    @torch.inference_mode()
-    def decode_part(part: torch.Tensor) -> torch.Tensor:
-        return vae.decode(part.float())
-
-    return torch.cat(map_images(decode_part, latents))
 
 
 def check_finite(values: torch.Tensor, what: str, indices: range) -> None:
@@ -196,6 +199,7 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
     flight is safe.
     """
     start = time.perf_counter()
+    job.watch.done = 0  # the job may have finished other runs before
 
     def write(batch: Batch) -> None:
         run.save(batch)
@@ -238,7 +242,7 @@ def summarise(run: RunFolder, options: Options, reference: Statistics | None, ex
         metrics.update(scores.metrics(extractor.kind), notes=scores.notes)
         table.append(scores.table(extractor.kind))
 
-    # A process's first batch pays for what later ones find ready, so it counts only where there is no other.
+    # A process's first batches pay for what later ones find ready, so they count only where there are no others.
     timed = [batch for batch in batches if not math.isnan(batch.sample_seconds)]
     timed = [batch for batch in timed if not batch.first] or timed
     if timed:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
 from models.diffloss import DiffusionHead, ResidualBlock, modulate
+from models.linear import Linear
 from models.plan import CachePolicy, HeadStep, make_head_plan
 
 ROWS_PER_PRODUCT = 4096  # modulations are computed for several denoising steps at once up to this many rows
@@ -21,13 +22,13 @@ class HeadCache:
 
     mlp_outputs: each computed block's mlp output, before the gate.
     skipped:     what each run of skipped blocks added.
-    guidance:    eps_cond - eps_uncond.
+    difference:  eps_cond - eps_uncond.
     """
 
     def __init__(self) -> None:
         self.mlp_outputs: dict[int, Tensor] = {}
         self.skipped: dict[int, Tensor] = {}
-        self.guidance: Tensor | None = None
+        self.difference: Tensor | None = None
 
 
 class HeadSampler:
@@ -63,30 +64,28 @@ class HeadSampler:
         self.output_layer = [parameter.to(dtype) for parameter in head.final_layer.linear.parameters()]
         self.norms = [[parameter.to(dtype) for parameter in block.in_ln.parameters()] for block in head.res_blocks]
 
-    def _modulation_layers(self, kind: str) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of the modulations that a step of this kind uses, in the order of use."""
+    def _modulation_layers(self, kind: str) -> list[tuple[Linear, slice]]:
+        """The layers whose modulations a step of this kind uses, in the order of use, and which of their outputs."""
         layers = []
         for skip, blocks in self.runs:
             for layer in (self.head.res_blocks[number].adaLN_modulation[1] for number in blocks):
-                width = layer.in_features
                 if kind == HeadStep.FULL or (kind == HeadStep.WARM and not skip):
-                    layers.append((layer.weight, layer.bias))
+                    layers.append((layer, slice(None)))
                 elif not skip:  # a stored mlp output needs only its gate
-                    layers.append((layer.weight[2 * width :], layer.bias[2 * width :]))
-        final = self.head.final_layer.adaLN_modulation[1]
-        return [*layers, (final.weight, final.bias)]
+                    layers.append((layer, slice(2 * layer.in_features, None)))
+        return [*layers, (self.head.final_layer.adaLN_modulation[1], slice(None))]
 
     def _modulations(self, kind: str, condition: Tensor) -> Iterator[Iterator[Tensor]]:
         """Per denoising step of this kind, its layers' modulations [rows, ...]; they do not depend on the tokens."""
         for times in self.time_embedding[kind].split(max(1, ROWS_PER_PRODUCT // len(condition))):
             y = F.silu(times.unsqueeze(1) + condition)  # [steps, rows, W]
-            outputs = [F.linear(y, weight, bias) for weight, bias in self.modulation_layers[kind]]
+            outputs = [layer.part(y, outputs) for layer, outputs in self.modulation_layers[kind]]
             yield from (iter(step) for step in zip(*outputs))
 
-    def __call__(self, conditions: Tensor, noise: Tensor, cfg: float) -> Tensor:
+    def __call__(self, conditions: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens [n, C] for `conditions` [n, D], or [2n, D] (conditional half first) under guidance.
 
-        noise [S + 1, n, C]: the start, then one draw per denoising step. `cfg` is the guidance scale.
+        noise [S + 1, n, C]: the start, then one draw per denoising step. `guidance` []: the guidance scale - 1.
         """
         condition = self.head.cond_embed(conditions)
         num_tokens = noise.shape[1]
@@ -104,8 +103,8 @@ class HeadSampler:
             eps, v = F.linear(modulate(normed, shift, scale), *self.output_layer).chunk(2, dim=-1)
             if self.guided:
                 if kind == HeadStep.FULL:
-                    cache.guidance = eps[:num_tokens] - eps[num_tokens:]
-                eps = torch.add(eps[:num_tokens], cache.guidance, alpha=cfg - 1)
+                    cache.difference = eps[:num_tokens] - eps[num_tokens:]
+                eps = torch.addcmul(eps[:num_tokens], cache.difference, guidance)
             x = self._denoise(index, x, eps, v[:num_tokens], draw)
         return x
 

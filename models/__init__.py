@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from models.flops import count_flops
+from models.linear import pack_linear_layers
 from models.mar import MAR, cast_model
 from models.plan import CachePolicy
 from models.presets import PRESETS, Preset
-from models.sampling import ImageNoise, sample_tokens
+from models.sampling import ImageNoise, Sampler, sample_tokens
 from models.vae import AutoencoderKL
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "CachePolicy",
     "ImageNoise",
     "Preset",
+    "Sampler",
     "cast_model",
     "count_flops",
     "create_model",
+    "pack_linear_layers",
     "sample_tokens",
 ]
 

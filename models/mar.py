@@ -13,6 +13,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.diffloss import DiffusionLoss
+from models.linear import Linear
 
 
 class Attention(nn.Module):
@@ -23,19 +24,17 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"the embedding width {dim} is not a multiple of the {num_heads} attention heads")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.qkv(x).chunk(3, dim=-1)  # each [B, rows, D]
 
     def queries(self, x: Tensor) -> Tensor:
-        dim = x.shape[-1]
-        return F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim])
+        return self.qkv.part(x, slice(x.shape[-1]))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        dim = x.shape[-1]
-        return F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
+        return self.qkv.part(x, slice(x.shape[-1], None)).chunk(2, dim=-1)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # [B, rows, heads, head_dim]
@@ -203,15 +202,16 @@ class MAR(nn.Module):
 
 
 def cast_model(model: MAR, dtype: torch.dtype) -> MAR:
-    """Convert the model to `dtype` in place; under half precision the head's first and last layer keep float32.
+    """Convert the model to `dtype` in place; under half precision the head's norms, first and last layer keep float32.
 
-    These two alone pass on tokens and predicted noise, whose errors the first denoising step multiplies by 316.
+    First and last layer alone pass on tokens and predicted noise, whose errors the first denoising step multiplies by
+    316; the norms may have to subtract what is large beside them.
     """
     head = model.diffloss.net
+    sensitive = [head.input_proj, head.final_layer.linear, *(block.in_ln for block in head.res_blocks)]
     keep_float32 = dtype in (torch.float16, torch.bfloat16)
-    kept = [*head.input_proj.parameters(), *head.final_layer.linear.parameters()] if keep_float32 else []
-    kept_ids = {id(parameter) for parameter in kept}
+    kept = {id(parameter) for module in sensitive for parameter in module.parameters()} if keep_float32 else set()
     for parameter in model.parameters():
-        if id(parameter) not in kept_ids:
+        if id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
     return model

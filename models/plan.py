@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 CFG_SCHEDULES = ("linear", "constant")
+SELECTIONS = ("similarity", "random")
 REFERENCE_STEPS = 64  # the number of steps that the kept fractions are listed for
 
 
@@ -32,6 +33,7 @@ class CachePolicy:
         "fraction of rows kept, from each listed step of 64 on",
     )
     min_margin: int = _option(15, "rows kept at least, besides those predicted at this step and the one before")
+    selection: str = _option("similarity", "rows that pass the prune layer: the least similar, or any (random)")
     head_refresh_interval: int = _option(7, "denoising steps whose index is a multiple of this run the head in full")
     head_skipped_blocks: tuple[int, ...] = _option((1, 2, 3, 4), "head blocks replaced by what they last added")
     head_warmup: float = _option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
@@ -48,6 +50,7 @@ class CachePolicy:
         check(self.refresh_interval >= 1, "refresh_interval", "at least 1")
         check(self.prune_layer >= 0, "prune_layer", "at least 0")
         check(self.min_margin >= 0, "min_margin", "at least 0")
+        check(self.selection in SELECTIONS, "selection", " or ".join(SELECTIONS))
         check(self.head_refresh_interval >= 1, "head_refresh_interval", "at least 1")
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")

@@ -8,7 +8,9 @@ and next, is a slice. Rows are [buffer | tokens]: P buffer rows, then L tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, Union
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.sampling import HeadSampler
+from models.graphs import CudaRecorder, Recorded, Recorder, RecordingError
 from models.mar import MAR, Block
 from models.plan import CachePolicy, Step, make_plan
 
@@ -90,6 +93,14 @@ def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
     return (rows + num_rows * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
 
 
+def random_scores(positions: Tensor, num_rows: int) -> Tensor:
+    """[steps, B, num_rows]: for each step, of which there are at most as many as tokens, each image's rows in a random
+    ranking, which depends on the order of prediction, `positions` [B, L], alone: not on the batch or the device."""
+    unshuffled = np.tile(np.arange(num_rows, dtype=np.float32), (positions.shape[1], 1))
+    rankings = [np.random.default_rng(order).permuted(unshuffled, axis=1) for order in positions.tolist()]
+    return torch.from_numpy(np.stack(rankings, axis=1)).to(positions.device)
+
+
 class RowCache:
     """Rows that outlive their step: tensors [B, num_rows, D], written where they changed."""
 
@@ -111,16 +122,17 @@ class TokenCache:
     """What the transformer's steps pass on about tokens, for the halves that lazy steps compute.
 
     encoder: per block, keys and values.
-    decoder: per block behind the prune layer, keys and values.
+    decoder: per block behind the prune layer, by its number, keys and values.
     values:  the prune layer's values at the previous step.
     """
 
-    def __init__(self, model: MAR, num_sequences: int) -> None:
+    def __init__(self, model: MAR, num_sequences: int, prune_layer: int) -> None:
         num_rows = model.buffer_size + model.seq_len
         encoder_rows = model.fake_latent.expand(num_sequences, 1, -1)
         decoder_rows = model.mask_token.expand(num_sequences, 1, -1)
         self.encoder = [RowCache(2, encoder_rows, num_rows) for _ in model.encoder_blocks]
-        self.decoder = [RowCache(2, decoder_rows, num_rows) for _ in model.decoder_blocks]
+        behind = range(prune_layer + 1, len(model.decoder_blocks))
+        self.decoder = {number: RowCache(2, decoder_rows, num_rows) for number in behind}
         self.values: Tensor | None = None
 
 
@@ -134,14 +146,15 @@ class ConditionCache(NamedTuple):
 class Transformer:
     """Computes the conditions of each step in turn, from the tokens known so far."""
 
-    def __init__(self, model: MAR, class_labels: Tensor, positions: Tensor, guided: bool, policy: CachePolicy | None):
-        self.model, self.policy = model, policy
-        self.num_images = len(class_labels)
+    def __init__(self, model: MAR, num_images: int, guided: bool, policy: CachePolicy | None) -> None:
+        self.model, self.policy, self.num_images = model, policy, num_images
         self.halves = 2 if guided else 1
-        self.positions = positions.repeat(self.halves, 1)
-        no_class = model.fake_latent.expand(self.num_images, -1)
-        self.class_embedding = torch.cat([model.class_emb(class_labels), no_class])[: self.halves * self.num_images]
         self.num_rows = model.buffer_size + model.seq_len
+        num_sequences = self.halves * num_images
+        # All that a batch brings is written in place: recorded steps read it there.
+        self.positions = torch.zeros(num_sequences, model.seq_len, dtype=torch.long, device=model.mask_token.device)
+        self.class_embedding = model.fake_latent.repeat(num_sequences, 1)
+        self.decoder_input = RowCache(4, model.mask_token.expand(num_sequences, 1, -1), self.num_rows)
 
         self.lazy_halves = 1 if policy is not None and policy.condition_cache else self.halves
         self.condition_cache: ConditionCache | None = None
@@ -149,8 +162,25 @@ class Transformer:
         if policy is not None and policy.token_cache:
             if policy.prune_layer >= len(model.decoder_blocks):
                 raise ValueError(f"prune_layer must be below the decoder's {len(model.decoder_blocks)} blocks")
-            self.token_cache = TokenCache(model, self.lazy_halves * self.num_images)
-        self.decoder_input = self._masked_decoder_input()
+            self.token_cache = TokenCache(model, self.lazy_halves * num_images, policy.prune_layer)
+            if policy.selection == "random":
+                self.random_scores = self.positions.new_empty(model.seq_len, num_images, self.num_rows).float()
+
+    def begin(self, class_labels: Tensor, positions: Tensor) -> None:
+        """Take up a batch: its classes [B] and the positions [B, L] of its tokens, in the order of prediction.
+
+        The first decoder block's input, queries, keys and values are computed for masked tokens, where they depend on
+        the position alone; a row's are computed again only when it changes.
+        """
+        self.positions.copy_(positions.repeat(self.halves, 1))
+        self.class_embedding[: self.num_images] = self.model.class_emb(class_labels)
+        if self.policy is not None and self.policy.token_cache and self.policy.selection == "random":
+            self.random_scores.copy_(random_scores(positions, self.num_rows))
+        block = self.model.decoder_blocks[0]
+        x = self.model.masked_input(torch.arange(self.model.seq_len, device=self.positions.device))  # [L, D]
+        projections = block.attn.queries_keys_values(block.norm1(x))
+        tokens = slice(self.model.buffer_size, self.num_rows)
+        self.decoder_input.update(tokens, *(rows[self.positions] for rows in (x, *projections)))
 
     def __call__(self, step: Step, tokens: Tensor) -> Tensor:
         """Conditions [B, k, D], or [2B, k, D] under guidance (conditional half first), of the step's k tokens."""
@@ -193,18 +223,6 @@ class Transformer:
         buffer, tokens = row_numbers.split([self.model.buffer_size, self.model.seq_len])
         changed = torch.cat([buffer, tokens[new]])
         return new, sequences, flat_rows(changed.expand(len(sequences), -1), self.num_rows)
-
-    def _masked_decoder_input(self) -> RowCache:
-        """Input, queries, keys and values of the first decoder block before any token is known.
-
-        A row's are computed again only when it changes; a masked token's depend on its position alone.
-        """
-        block = self.model.decoder_blocks[0]
-        x = self.model.masked_input(torch.arange(self.model.seq_len, device=self.positions.device))  # [L, D]
-        cache = RowCache(4, x.expand(len(self.positions), -1, -1), self.num_rows)
-        tokens = slice(self.model.buffer_size, self.num_rows)
-        cache.update(tokens, *(rows[self.positions] for rows in (x, *block.attn.queries_keys_values(block.norm1(x)))))
-        return cache
 
     def _cached(self, x: Tensor) -> Tensor:
         """The sequences of `x` whose rows lazy steps go on from."""
@@ -254,12 +272,16 @@ class Transformer:
     def _select_rows(self, step: Step, block: Block, values: Tensor) -> Tensor:
         """Flat numbers of the rows to keep: those predicted now, at the previous step, and the least similar others.
 
-        Similarity is the cosine between a row's value now and at the previous step, averaged over heads.
+        Similarity is the cosine between a row's value now and at the previous step, averaged over heads; chance takes
+        its place if the policy says so.
         """
         first_token = self.model.buffer_size
-        dtype = torch.promote_types(values.dtype, torch.float32)  # similarities near 1 would tie in half precision
-        now, before = (block.attn.split_heads(rows.to(dtype)) for rows in (values, self.token_cache.values))
-        similarity = F.cosine_similarity(now, before, dim=-1).mean(dim=-1)  # [B, R]
+        if self.policy.selection == "random":
+            similarity = self.random_scores[step.index].repeat(self.lazy_halves, 1)
+        else:
+            dtype = torch.promote_types(values.dtype, torch.float32)  # similarities near 1 would tie in half precision
+            now, before = (block.attn.split_heads(rows.to(dtype)) for rows in (values, self.token_cache.values))
+            similarity = F.cosine_similarity(now, before, dim=-1).mean(dim=-1)  # [B, R]
         always = slice(first_token + step.previous, first_token + step.stop)
         similarity[:, always] = math.inf
         others = similarity.topk(step.num_kept - (always.stop - always.start), largest=False).indices
@@ -283,49 +305,160 @@ class Transformer:
 
 
 class SampledStep(NamedTuple):
-    """A finished step: its plan, conditions ([2B or B, k, D], ascending positions) and the tokens [B, k, C] it made."""
+    """A finished step: its plan, conditions ([2B or B, k, D], ascending positions) and the tokens [B, k, C] it made.
+
+    They hold until the next step overwrites them.
+    """
 
     step: Step
     conditions: Tensor
     tokens: Tensor
 
 
-def sample_steps(
-    model: MAR,
-    class_labels: Tensor,
-    *,
-    num_iter: int,
-    cfg: float,
-    cfg_schedule: str,
-    temperature: float,
-    num_sampling_steps: int,
-    cache: CachePolicy | None,
-    noise: Noise,
-    latents: Tensor,
-) -> Iterator[SampledStep]:
-    """Like `sample_tokens`, one step at a time; `latents` [B, C, h, w] is filled when the last step is done."""
-    device, weight_dtype = model.mask_token.device, model.mask_token.dtype
-    plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, cfg_schedule, cache)
-    guided = cfg != 1
-    # Tokens in the order of prediction, those of one step in ascending position.
-    order = noise.orders.to(device).flip(1)
-    positions = torch.cat([order[:, step.start : step.stop].sort(dim=1).values for step in plan], dim=1)
-    tokens = torch.zeros(*positions.shape, model.token_dim, dtype=latents.dtype, device=device)
+class Sampler:
+    """Samples batch after batch with the same settings; what these have in common is computed once.
 
-    transformer = Transformer(model, class_labels, positions, guided, cache)
-    head = HeadSampler(model.diffloss.net, num_sampling_steps, temperature, guided, cache, latents.dtype)
-    for step in plan:
-        num_tokens = step.stop - step.start
-        conditions = transformer(step, tokens.to(weight_dtype))
-        draws = noise.draw(step.index, num_tokens).to(device, latents.dtype)
-        shape = (num_sampling_steps + 1, len(positions), num_tokens, model.token_dim)
-        if draws.shape != shape:
-            raise ValueError(f"noise.draw must return {list(shape)} here, not {list(draws.shape)}")
-        sampled = head(conditions.flatten(0, 1), draws.flatten(1, 2), step.cfg).unflatten(0, (-1, num_tokens))
-        tokens[:, step.start : step.stop] = sampled
-        yield SampledStep(step, conditions, sampled)
-    in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
-    latents.copy_(model.unpatchify(in_raster_order))
+    On a GPU the first batch runs as it stands, the next one of its size is recorded as CUDA graphs, and later ones
+    replay them. Where that fails, all run as they stand, with a warning.
+
+    Args:
+        model:              the network; its device and dtype are used.
+        num_iter:           autoregressive steps, 1 to the number of tokens.
+        cfg, cfg_schedule:  guidance scale (1: none) and "linear" or "constant".
+        temperature:        scales the noise of the diffusion steps.
+        num_sampling_steps: of the diffusion head, 2 to 1000.
+        cache:              LazyMAR's policy, or None for the baseline.
+        cuda_graphs:        whether to record them, on a GPU.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: MAR,
+        *,
+        num_iter: int = 64,
+        cfg: float = 3.25,
+        cfg_schedule: str = "linear",
+        temperature: float = 1.0,
+        num_sampling_steps: int = 100,
+        cache: CachePolicy | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
+        self.model, self.cache, self.num_sampling_steps = model, cache, num_sampling_steps
+        self.device = model.mask_token.device
+        self.dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
+        self.guided = cfg != 1
+        self.plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, cfg_schedule, cache)
+        self.guidance = torch.tensor([step.cfg - 1 for step in self.plan], dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            self.head = HeadSampler(model.diffloss.net, num_sampling_steps, temperature, self.guided, cache, self.dtype)
+        self.record: Callable[[], Recorder] | None = (
+            CudaRecorder if cuda_graphs and self.device.type == "cuda" else None
+        )
+        self.batches: _Batches | None = None  # of the size seen last
+
+    def __call__(self, class_labels: Tensor, noise: Noise | None = None) -> Tensor:
+        """Latents [B, C, h, w] for classes [B], at unit scale (`model.latent_scale` times the VAE's).
+
+        float64 for a float64 model, otherwise float32. `noise` is the source of randomness: `ImageNoise` of seed 0 and
+        images 0..B-1 if None. Raises ValueError for an argument of the wrong shape or range, naming it.
+        """
+        try:
+            return self._sample(class_labels, noise)
+        except RecordingError as error:
+            warnings.warn(f"CUDA graphs are not used, because recording them failed: {error}", stacklevel=2)
+        self.record, self.batches = None, None
+        return self._sample(class_labels, noise)
+
+    def _sample(self, class_labels: Tensor, noise: Noise | None) -> Tensor:
+        side = self.model.grid_size * self.model.patch_size
+        shape = (len(class_labels), self.model.vae_embed_dim, side, side)
+        latents = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for _ in self.steps(class_labels, noise, latents):
+            pass
+        return latents
+
+    def steps(self, class_labels: Tensor, noise: Noise | None, latents: Tensor) -> Iterator[SampledStep]:
+        """Like a call, one step at a time; `latents` is filled when the last step is done."""
+        model = self.model
+        if class_labels.ndim != 1 or len(class_labels) < 1 or class_labels.is_floating_point():
+            raise ValueError("class_labels must be a LongTensor [B] of at least one label")
+        if int(class_labels.min()) < 0 or int(class_labels.max()) >= model.class_num:
+            raise ValueError(f"class_labels must be from 0 to {model.class_num - 1}")
+        if noise is None:
+            noise = ImageNoise(model, 0, range(len(class_labels)), self.num_sampling_steps, self.device)
+        if noise.orders.shape != (len(class_labels), model.seq_len):
+            raise ValueError(
+                f"noise.orders must be [{len(class_labels)}, {model.seq_len}] for these class_labels and this model, "
+                f"not {list(noise.orders.shape)}"
+            )
+        with torch.inference_mode():
+            yield from self._steps(class_labels.to(self.device), noise, latents)
+
+    def _steps(self, class_labels: Tensor, noise: Noise, latents: Tensor) -> Iterator[SampledStep]:
+        model = self.model
+        # Tokens in the order of prediction, those of one step in ascending position.
+        order = noise.orders.to(self.device).flip(1)
+        positions = torch.cat([order[:, step.start : step.stop].sort(dim=1).values for step in self.plan], dim=1)
+        tokens = torch.zeros(*positions.shape, model.token_dim, dtype=self.dtype, device=self.device)
+
+        if self.batches is None or self.batches.size != len(positions):
+            self.batches = _Batches(self, len(positions))
+        batches = self.batches
+        batches.transformer.begin(class_labels, positions)
+        for step in self.plan:
+            num_tokens = step.stop - step.start
+            draws = noise.draw(step.index, num_tokens).to(self.device, self.dtype)
+            shape = (self.num_sampling_steps + 1, len(positions), num_tokens, model.token_dim)
+            if draws.shape != shape:
+                raise ValueError(f"noise.draw must return {list(shape)} here, not {list(draws.shape)}")
+            conditions = batches.conditions(step, tokens)
+            sampled = batches.sample(conditions.flatten(0, 1), draws.flatten(1, 2), self.guidance[step.index])
+            tokens[:, step.start : step.stop] = sampled.unflatten(0, (-1, num_tokens))
+            yield SampledStep(step, conditions, tokens[:, step.start : step.stop])
+        batches.begin_recording()
+        in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
+        latents.copy_(model.unpatchify(in_raster_order))
+
+
+class _Batches:
+    """What the batches of one size share: the transformer's state and, once recorded, its steps and the head's runs."""
+
+    def __init__(self, sampler: Sampler, size: int) -> None:
+        self.size, self.head, self.record = size, sampler.head, sampler.record
+        self.transformer = Transformer(sampler.model, size, sampler.guided, sampler.cache)
+        self.weight_dtype = sampler.model.mask_token.dtype
+        self.recorded_steps: list[Recorded] = []  # by step
+        self.recorded_heads: dict[int, Recorded] = {}  # by the number of tokens, which several steps share
+        self.plan, self.recording = sampler.plan, False
+
+    def begin_recording(self) -> None:
+        """From the second batch on: by then the first one has made what libraries make at first use."""
+        if self.record is None or self.recording:
+            return
+        self.recording, record_steps = True, self.record()
+        self.recorded_steps = [Recorded(partial(self._conditions, step), record_steps) for step in self.plan]
+
+    def conditions(self, step: Step, tokens: Tensor) -> Tensor:
+        run = self.recorded_steps[step.index] if self.recording else partial(self._conditions, step)
+        return run(tokens)
+
+    def _conditions(self, step: Step, tokens: Tensor) -> Tensor:
+        return self.transformer(step, tokens.to(self.weight_dtype))
+
+    def sample(self, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
+        run = self.head
+        if self.recording:
+            # One recorder each: they are not replayed in a fixed order.
+            num_tokens = draws.shape[1]
+            if num_tokens not in self.recorded_heads:
+                self.recorded_heads[num_tokens] = Recorded(self.head, self.record())
+            run = self.recorded_heads[num_tokens]
+        return run(conditions, draws, guidance)
 
 
 def sample_tokens(
@@ -340,55 +473,14 @@ def sample_tokens(
     cache: CachePolicy | None = None,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Sample latents for the given classes.
-
-    Args:
-        model:              the network; its device and dtype are used.
-        class_labels:       LongTensor [B].
-        num_iter:           autoregressive steps, 1 to the number of tokens.
-        cfg, cfg_schedule:  guidance scale (1: none) and "linear" or "constant".
-        temperature:        scales the noise of the diffusion steps.
-        num_sampling_steps: of the diffusion head, 2 to 1000.
-        cache:              LazyMAR's policy, or None for the baseline.
-        noise:              the source of randomness; `ImageNoise` of seed 0 and images 0..B-1 if None.
-
-    Returns:
-        Latents [B, C, h, w] at unit scale (`model.latent_scale` times the VAE's): float64 for a float64 model,
-        otherwise float32.
-
-    Raises:
-        ValueError: an argument is out of range; the message names it.
-    """
-    device = model.mask_token.device
-    if class_labels.ndim != 1 or len(class_labels) < 1 or class_labels.is_floating_point():
-        raise ValueError("class_labels must be a LongTensor [B] of at least one label")
-    if int(class_labels.min()) < 0 or int(class_labels.max()) >= model.class_num:
-        raise ValueError(f"class_labels must be from 0 to {model.class_num - 1}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
-    if noise is None:
-        noise = ImageNoise(model, 0, range(len(class_labels)), num_sampling_steps, device)
-    if noise.orders.shape != (len(class_labels), model.seq_len):
-        raise ValueError(
-            f"noise.orders must be [{len(class_labels)}, {model.seq_len}] for these class_labels and this model, "
-            f"not {list(noise.orders.shape)}"
-        )
-    dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
-    class_labels = class_labels.to(device)
-    side = model.grid_size * model.patch_size
-    latents = torch.empty(len(class_labels), model.vae_embed_dim, side, side, dtype=dtype, device=device)
-    with torch.inference_mode():
-        for _ in sample_steps(
-            model,
-            class_labels,
-            num_iter=num_iter,
-            cfg=cfg,
-            cfg_schedule=cfg_schedule,
-            temperature=temperature,
-            num_sampling_steps=num_sampling_steps,
-            cache=cache,
-            noise=noise,
-            latents=latents,
-        ):
-            pass
-    return latents
+    """Sample one batch of latents [B, C, h, w]: arguments, result and errors are those of `Sampler` and its call."""
+    sampler = Sampler(
+        model,
+        num_iter=num_iter,
+        cfg=cfg,
+        cfg_schedule=cfg_schedule,
+        temperature=temperature,
+        num_sampling_steps=num_sampling_steps,
+        cache=cache,
+    )
+    return sampler(class_labels, noise)

@@ -69,6 +69,15 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
+def for_inference(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+    """Convert a VAE in place: channels last, and to `dtype` where that is a half precision, otherwise to float32.
+
+    Rounding in bfloat16 changes pixels by less than their own rounding does (`mar_tiny`: 0.2 of 255 on average).
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return vae.eval().to(dtype if half else torch.float32).to(memory_format=torch.channels_last)
+
+
 class DiagonalGaussian:
     """A Gaussian with independent entries; `parameters` [B, 2z, h, w] holds its mean, then its log variance."""
 

@@ -211,7 +211,7 @@ def test_what_was_damaged_is_made_again_and_nothing_else(copy, command, whole):
 
 
 def test_a_finished_run_samples_nothing(copy, command, monkeypatch, whole):
-    monkeypatch.setattr(program, "sample_tokens", None)
+    monkeypatch.setattr(program.Sampler, "__call__", None)
     (copy / "metrics.json").unlink()
     assert run(command(copy)) == 0
     assert_same(copy, whole)
@@ -220,7 +220,7 @@ def test_a_finished_run_samples_nothing(copy, command, monkeypatch, whole):
 def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole):
     assert run(command(tmp_path / "run", "--no-score", "--statistics", "nowhere")) == 0
     assert not scores(tmp_path / "run")
-    monkeypatch.setattr(program, "sample_tokens", None)
+    monkeypatch.setattr(program.Sampler, "__call__", None)
     assert run(command(tmp_path / "run")) == 0
     assert_same(tmp_path / "run", whole)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["timed_images"] == NUM_IMAGES - BATCH_SIZE
@@ -254,7 +254,7 @@ def test_a_restart_by_torchrun_does_not_overwrite_again(copy, command, monkeypat
     again = command(copy, "--overwrite")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
     assert run(again) == 0
-    monkeypatch.setattr(program, "sample_tokens", None)
+    monkeypatch.setattr(program.Sampler, "__call__", None)
     assert run(again) == 0
     assert_same(copy, whole)
     monkeypatch.undo()
@@ -361,14 +361,14 @@ def small_disk(folder: Path):
 
 def test_a_full_disk_ends_clean_and_the_run_goes_on(tmp_path, command, capsys, monkeypatch, whole):
     with small_disk(tmp_path / "disk") as (fill, make_room):
-        folder, sample, filled = tmp_path / "disk" / "run", program.sample_tokens, []
+        folder, sample, filled = tmp_path / "disk" / "run", program.Sampler.__call__, []
 
         def fill_after_some_batches(*arguments, **options):
             if records(folder) > 3 and not filled:
                 filled.append(fill(6_000))
             return sample(*arguments, **options)
 
-        monkeypatch.setattr(program, "sample_tokens", fill_after_some_batches)
+        monkeypatch.setattr(program.Sampler, "__call__", fill_after_some_batches)
         assert run(command(folder)) == 2
         message = capsys.readouterr().err
         assert "cannot write to" in message and "nothing written before is damaged" in message
@@ -384,14 +384,14 @@ def test_a_full_disk_ends_clean_and_the_run_goes_on(tmp_path, command, capsys, m
 
 
 def test_a_folder_that_goes_is_not_made_again(tmp_path, command, capsys, monkeypatch):
-    folder, sample = tmp_path / "run", program.sample_tokens
+    folder, sample = tmp_path / "run", program.Sampler.__call__
 
     def remove_after_some_batches(*arguments, **options):
         if records(folder) > 2:
             folder.rename(tmp_path / "elsewhere")
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(program, "sample_tokens", remove_after_some_batches)
+    monkeypatch.setattr(program.Sampler, "__call__", remove_after_some_batches)
     assert run(command(folder)) == 2
     assert f"cannot write to {folder}" in capsys.readouterr().err
     assert not list(folder.rglob("*.npz"))
@@ -492,7 +492,7 @@ def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path, command, ca
     def out_of_memory(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(program, "sample_tokens", out_of_memory)
+    monkeypatch.setattr(program.Sampler, "__call__", out_of_memory)
     assert run(command(tmp_path / "run", "--eval_bsz", 24)) == 2
     assert "try --eval_bsz 12" in capsys.readouterr().err
     # The folder holds nothing that other settings could spoil.

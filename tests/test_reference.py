@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import MAR, CachePolicy, create_model
-from models.sampling import SampledStep, sample_steps
+from models.sampling import SampledStep, Sampler
 
 DATA = Path(__file__).parent / "data"
 CASES = ("baseline", "lazy")
@@ -58,19 +58,17 @@ def recorded_run(
     case: str, recorded: dict, latents: Tensor, policy: CachePolicy | None = None
 ) -> Iterator[SampledStep]:
     """The case's run in the dtype of `latents`, which it fills in the end; `policy` replaces the case's own."""
-    with torch.inference_mode():
-        yield from sample_steps(
-            load_model(latents.dtype),
-            torch.from_numpy(recorded["labels"]),
-            num_iter=int(recorded["num_iter"]),
-            cfg=float(recorded["cfg"]),
-            cfg_schedule=str(recorded["cfg_schedule"]),
-            temperature=float(recorded["temperature"]),
-            num_sampling_steps=100,
-            cache=policy or (CachePolicy() if recorded["lazy"] else None),
-            noise=RecordedNoise(case, recorded["orders"]),
-            latents=latents,
-        )
+    sampler = Sampler(
+        load_model(latents.dtype),
+        num_iter=int(recorded["num_iter"]),
+        cfg=float(recorded["cfg"]),
+        cfg_schedule=str(recorded["cfg_schedule"]),
+        temperature=float(recorded["temperature"]),
+        num_sampling_steps=100,
+        cache=policy or (CachePolicy() if recorded["lazy"] else None),
+    )
+    noise = RecordedNoise(case, recorded["orders"])
+    yield from sampler.steps(torch.from_numpy(recorded["labels"]), noise, latents)
 
 
 def relative_errors(result: Tensor, expected: np.ndarray) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from itertools import product
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, sample_tokens
+from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, pack_linear_layers, sample_tokens
+from models.linear import PackedLinear, can_be_packed
 
 LABELS = torch.tensor([3, 0, 4])
 SETTINGS = {"num_iter": 16, "cfg": 2.5, "cfg_schedule": "linear", "temperature": 0.9, "num_sampling_steps": 21}
@@ -335,6 +337,7 @@ def test_policy_defaults_are_the_papers() -> None:
         "prune_layer": 3,
         "kept_fractions": ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
         "min_margin": 15,
+        "selection": "similarity",
         "head_refresh_interval": 7,
         "head_skipped_blocks": (1, 2, 3, 4),
         "head_warmup": 0.9,
@@ -358,3 +361,25 @@ def test_labels_and_noise_that_do_not_fit_are_refused(labels, noise, named):
     batch, num_sampling_steps = noise
     with pytest.raises(ValueError, match=named.replace(".", r"\.")):
         sample_tokens(MODEL, labels, **SETTINGS, noise=noise_for(MODEL, batch, num_sampling_steps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_layers_change_no_more_than_rounding(dtype: torch.dtype) -> None:
+    model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype)
+    noise = noise_for(model, 2, SETTINGS["num_sampling_steps"])
+    plain, packed = (
+        sample_tokens(network, LABELS[:2], **SETTINGS, cache=CachePolicy(), noise=noise)
+        for network in (model, pack_linear_layers(copy.deepcopy(model)))
+    )
+    assert relative_error(packed, plain) < TOLERANCE[dtype]
+    assert not any(isinstance(layer, PackedLinear) for layer in model.modules())
+
+
+def test_packing_leaves_names_and_weights() -> None:
+    model = create_model("mar_base", **FIELDS)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    after = pack_linear_layers(model).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(isinstance(layer, PackedLinear) == can_be_packed(layer) for layer in layers)

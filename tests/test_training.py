@@ -59,8 +59,9 @@ def test_the_bound_trains_the_variance_and_not_the_noise():
 
 
 def test_a_new_head_predicts_the_noisiest_tokens_noise():
+    torch.manual_seed(0)
     model = create_model("mar_tiny")
-    x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1000, model.token_dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         eps = model.diffloss.net(x, torch.full((1000,), 999), torch.randn(1000, 128)).chunk(2, dim=1)[0]
     assert (eps - x).std() < 0.02
@@ -150,7 +151,7 @@ def test_training_runs_from_a_folder_of_images_to_weights_that_load(tmp_path, ca
         str(vae / "vae.safetensors"),
         "--head_tokens",
         "8",
-        "--head_steps",
+        "--finish_steps",
         "2",
         "--output_dir",
         str(mar),

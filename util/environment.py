@@ -54,6 +54,18 @@ def where(device: torch.device) -> str:
     return f"{socket.gethostname()} {device}{gpu}"
 
 
+def processor_name(device: torch.device) -> str:
+    """The GPU, or the CPU and how many threads of it are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        name = next(name for name in names if "CPU" in name or "Processor" in name)
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """What has a say in how numbers are rounded: versions, and the GPU or the threads of each process."""
     packages = ("torchvision", "torch-fidelity", "numpy", "pillow")

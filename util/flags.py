@@ -46,7 +46,7 @@ def add_policy_flags(parser: Parser) -> None:
         else:
             kinds = {"kept_fractions": fractions, "head_skipped_blocks": numbers}
             options = {"type": kinds.get(field.name, type(field.default)), "metavar": "VALUE"}
-        shown = field.metadata["help"] + f" ({field.default})" * isinstance(field.default, (int, float))
+        shown = field.metadata["help"] + f" ({field.default})" * isinstance(field.default, (int, float, str))
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=shown, **options)
 
 

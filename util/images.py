@@ -1,4 +1,4 @@
-"""Pixels: from the decoder's numbers to uint8, PNG bytes, and a sheet of many images."""
+"""Pixels: from latents to uint8, PNG bytes, and a sheet of many images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
+
+from models import AutoencoderKL
+from util.threads import map_images
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] float32, in about [-1, 1], of the VAE's latents [B, C, h, w], in parts that fit."""
+    dtype = vae.post_quant_conv.weight.dtype
+
+    @torch.inference_mode()  # the mode does not extend to other threads by itself
+    def decode_part(part: torch.Tensor) -> torch.Tensor:
+        return vae.decode(part.to(dtype, memory_format=torch.channels_last)).float()
+
+    return torch.cat(map_images(decode_part, latents))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

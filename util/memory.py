@@ -19,20 +19,26 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(
-    model: MAR, batch_size: int, cfg: float, cache: CachePolicy | None, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuse a batch that cannot fit. `model` may be on the meta device.
+def memory_needed(model: MAR, cfg: float, cache: CachePolicy | None, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that sampling takes at least, for the weights and for each image of a batch.
 
-    The bound is a lower one: the weights, and for each image the cached keys and values, or else one block's rows.
+    An image takes its cached keys and values, or else one block's rows. `model` may be on the meta device.
     """
     rows = model.buffer_size + model.seq_len
     if cache is not None and cache.token_cache:
         width = sum(2 * block.attn.proj.in_features for block in [*model.encoder_blocks, *model.decoder_blocks])
     else:
         width = 8 * model.mask_token.shape[-1] * (1 if cfg == 1 else 2)
-    per_image = rows * width * dtype.itemsize
-    left = memory(device) - sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return weights * dtype.itemsize, rows * width * dtype.itemsize
+
+
+def check_memory(
+    model: MAR, batch_size: int, cfg: float, cache: CachePolicy | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a batch that cannot fit, by the lower bound of `memory_needed`."""
+    weights, per_image = memory_needed(model, cfg, cache, dtype)
+    left = memory(device) - weights
     if batch_size * per_image > left:
         fits = max(0, left) // per_image // 2
         way_out = f"try --eval_bsz {fits}" if fits else "take a smaller --model"

@@ -35,6 +35,7 @@ class Options:
     cache: CachePolicy | None = None  # None: the baseline
     device: str = "auto"
     dtype: str = "auto"
+    cuda_graphs: bool = True
     resume: Path | None = None  # MAR's weights
     vae_path: Path | None = None
     statistics: Path | None = None
@@ -138,6 +139,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None) -> O
     add("--seed", type=int, default=default.seed, help="with an image's number, decides all that is random about it")
     add("--device", default=default.device, choices=("auto", "cpu", "cuda"))
     add("--dtype", default=default.dtype, choices=("auto", *DTYPES))
+    parser.add_switch("cuda_graphs", default.cuda_graphs, "on a GPU, record each step once and replay it")
     add("--resume", type=Path, help="the model's weights: a file, or a folder with checkpoint-last.pth")
     add("--vae_path", type=Path, help="the VAE's weights")
     add("--statistics", type=Path, help="mu and sigma of the images that FID compares with (.npz)")

@@ -48,7 +48,7 @@ class Batch:
     sample_seconds: float = math.nan
     decode_seconds: float = math.nan
     score_seconds: float = math.nan
-    first: bool = False  # in its process, whose one-time costs are in the times
+    first: bool = False  # in its process, or the second on a GPU: one-time costs are in the times
     worker: str = ""  # host and device
 
 

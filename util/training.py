@@ -26,6 +26,7 @@ def fit(
     steps: int,
     lr: float,
     no_weight_decay: Iterable[str] = (),
+    slow: Iterable[str] = (),
     weight_decay: float = 0.02,
     warmup: int = 100,
     clip: float = 3.0,
@@ -39,17 +40,22 @@ def fit(
                          depends on the step alone, so that a resumed run sees the batches of an uninterrupted one.
         folder:          holds `training.pt`, from which the same call continues.
         no_weight_decay: prefixes of the names of parameters without weight decay, besides biases and norms.
+        slow:            prefixes of the names of parameters that learn at a tenth of `lr`, without weight decay.
 
     Raises InputError if the folder holds a run of another model or length, or if the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "training.pt"
-    exempt = tuple(no_weight_decay)
-    decayed, plain = [], []
+    exempt, slow = tuple(no_weight_decay), tuple(slow)
+    groups = [
+        {"params": [], "weight_decay": weight_decay, "peak_lr": lr},
+        {"params": [], "weight_decay": 0.0, "peak_lr": lr},
+        {"params": [], "weight_decay": 0.0, "peak_lr": 0.1 * lr},
+    ]
     for name, parameter in module.named_parameters():
-        (plain if parameter.ndim < 2 or (exempt and name.startswith(exempt)) else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+        group = 2 if name.startswith(slow) else 1 if parameter.ndim < 2 or name.startswith(exempt) else 0
+        groups[group]["params"].append(parameter)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95))
     average = copy.deepcopy(module).requires_grad_(False)
     start = 0
     if checkpoint.exists():
@@ -67,7 +73,7 @@ def fit(
     with tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=10) as progress:
         for step in progress:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+                group["lr"] = group["peak_lr"] * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
             value = loss(generator.manual_seed(step))
             optimizer.zero_grad(set_to_none=True)
             value.backward()

@@ -1,0 +1,54 @@
+"""The benchmark runs without weights, and its numbers belong together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import benchmark
+from models import AutoencoderKL
+from models.flops import count_decoding_flops
+
+
+def test_a_run_prints_both_methods_and_writes_what_it_measured(tmp_path, capsys):
+    output, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    arguments = ["--models", "mar_tiny", "--num_iter", "2", "4", "--num_sampling_steps", "4", "--repeats", "2"]
+    assert benchmark.main([*arguments, "--profile", "--output", str(output), "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "baseline" in printed and "LazyMAR" in printed and "linear" in printed
+    results = json.loads(output.read_text())["results"]
+    assert [(row["num_iter"], row["method"]) for row in results] == [
+        (steps, method) for steps in (2, 4) for method in ("baseline", "LazyMAR")
+    ]
+    for row in results:
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
+        assert row["peak_bytes"] > 1e8
+    assert sum(results[3]["flops"].values()) < sum(results[2]["flops"].values())
+    assert Image.open(plot).width > 300
+    plot.unlink()
+    assert benchmark.main(["--join", str(output), str(output), "--plot", str(plot)]) == 0
+    assert Image.open(plot).width > 300
+
+
+def test_decoding_costs_what_the_method_says():
+    with torch.device("meta"):
+        vae = AutoencoderKL()
+    assert count_decoding_flops(vae, 16) == pytest.approx(0.250e12, rel=0.01)  # of KL-16 at 256 pixels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--batch_sizes", "0"], "--batch_sizes"),
+        (["--num_iter", "300", "--models", "mar_tiny"], "--num_iter"),
+        (["--plot", "speed.txt"], "--plot"),
+        (["--join", "nowhere.json", "--plot", "speed.png"], "nowhere.json"),
+        (["--join", "nowhere.json"], "--plot"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, named, capsys):
+    assert benchmark.main(arguments) == 2
+    assert named in capsys.readouterr().err

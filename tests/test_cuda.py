@@ -1,0 +1,71 @@
+"""What only a GPU can show: `pytest tests/test_cuda.py -rs` on a machine with one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_sampling import FIELDS, LABELS, SETTINGS, perturb, random_model, relative_error
+from torch import Tensor
+
+from models import CachePolicy, ImageNoise, Sampler, cast_model, create_model, sample_tokens
+from models.graphs import CudaRecorder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+POLICIES = {"baseline": None, "lazy": CachePolicy(), "random rows": CachePolicy(selection="random")}
+every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+def noise_for(model, seed: int, size: int, device: str = "cuda") -> ImageNoise:
+    return ImageNoise(model, seed, range(size), SETTINGS["num_sampling_steps"], device)
+
+
+@every_policy
+def test_float64_latents_are_those_of_the_cpu(policy: CachePolicy | None) -> None:
+    model = random_model()
+    noise = noise_for(model, 0, 3, "cpu")
+    expected = sample_tokens(model, LABELS, **SETTINGS, cache=policy, noise=noise)
+    result = sample_tokens(model.cuda(), LABELS, **SETTINGS, cache=policy, noise=noise).cpu()
+    assert relative_error(result, expected) < 1e-9
+
+
+@every_policy
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtype, policy: CachePolicy | None) -> None:
+    torch.manual_seed(0)
+    model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype).cuda()
+    sampler = Sampler(model, **SETTINGS, cache=policy)
+    assert sampler.record is CudaRecorder
+    for seed, size in enumerate([2, 2, 2, 2, 3, 2, 2, 2]):
+        labels, noise = LABELS.roll(seed)[:size], noise_for(model, seed, size)
+        expected = sample_tokens(model, labels, **SETTINGS, cache=policy, noise=noise)
+        result = sampler(labels, noise)
+        assert sampler.record is CudaRecorder  # it did not give up
+        assert relative_error(result.double(), expected.double()) < (1e-9 if dtype == torch.float64 else 1e-3)
+
+
+@every_policy
+@pytest.mark.parametrize("batches_before", [0, 2], ids=["as it stands", "replayed"])
+def test_the_loop_never_waits_for_the_device(batches_before: int, policy: CachePolicy | None) -> None:
+    model = random_model().cuda()
+    sampler = Sampler(model, **SETTINGS, cache=policy)
+    for _ in range(batches_before):
+        sampler(LABELS, noise_for(model, 0, 3))
+    latents = torch.empty(3, model.vae_embed_dim, 8, 8, dtype=torch.float64, device="cuda")
+    steps = sampler.steps(LABELS, noise_for(model, 0, 3), latents)
+    next(steps)  # a batch brings its labels and orders from the host
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert latents.isfinite().all()
+
+
+def test_noise_on_a_gpu_depends_on_the_image_alone() -> None:
+    model = create_model("mar_tiny")
+
+    def draw(indices: list[int]) -> Tensor:
+        return ImageNoise(model, 0, indices, 10, "cuda").draw(3, 4)
+
+    torch.testing.assert_close(draw([5, 7])[:, 1:], draw([7]), rtol=0, atol=0)

@@ -1,0 +1,130 @@
+"""Recorded steps, replayed on other batches, compute what the sampler computes as it stands.
+
+A stand-in records on the CPU what CUDA graphs record on a GPU: the operations and the memory that they read and write.
+What a recording leaves out, such as a value that was on the host, is then wrong in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_sampling import LABELS, MODEL, SETTINGS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
+
+POLICIES = {
+    "baseline": None,
+    "lazy": CachePolicy(),
+    "random rows": CachePolicy(selection="random"),
+    "pruned in the first block, no condition cache": CachePolicy(prune_layer=0, condition_cache=False),
+    "no token cache": CachePolicy(token_cache=False),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Runs and lists operations; `replay` runs them again on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self.calls:
+            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # else it has written in place
+                    old.copy_(new)
+
+
+class OperationRecorder:
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        with Operations() as operations:
+            result = function()
+        return operations.replay, result
+
+
+def recording_sampler(recorder: type[OperationRecorder], **settings) -> Sampler:
+    sampler = Sampler(MODEL, **settings)
+    assert sampler.record is None  # on a CPU
+    sampler.record = recorder
+    return sampler
+
+
+def batch(seed: int, size: int) -> tuple[Tensor, ImageNoise]:
+    noise = ImageNoise(MODEL, seed, range(size), SETTINGS["num_sampling_steps"])
+    return LABELS.roll(seed)[:size], noise
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_replayed_batches_are_those_of_the_plain_sampler(cfg: float, policy: CachePolicy | None) -> None:
+    settings = {**SETTINGS, "cfg": cfg, "cache": policy}
+    sampler = recording_sampler(OperationRecorder, **settings)
+    sizes = [2, 2, 2, 1, 2, 2, 2]  # as it stands, recorded, replayed; then all anew
+    for seed, size in enumerate(sizes):
+        labels, noise = batch(seed, size)
+        expected = sample_tokens(MODEL, labels, **settings, noise=noise)
+        torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
+
+
+def test_only_the_second_batch_of_a_size_is_recorded() -> None:
+    sampler = recording_sampler(OperationRecorder, **SETTINGS)
+    counts = []
+    for seed in range(4):
+        OperationRecorder.made = 0
+        sampler(*batch(seed, 2))
+        counts.append(OperationRecorder.made)
+    assert counts[2:] == [0, 0] and counts[0] + counts[1] > 1
+
+
+def test_where_recording_fails_the_images_are_made_all_the_same() -> None:
+    class Broken(OperationRecorder):
+        def __call__(self, function):
+            if len(function().shape) == 3:  # conditions: their first step has been run by then
+                return super().__call__(function)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    sampler = recording_sampler(Broken, **SETTINGS, cache=CachePolicy())
+    sampler(*batch(0, 2))
+    labels, noise = batch(1, 2)
+    with pytest.warns(UserWarning, match="stream is capturing"):
+        latents = sampler(labels, noise)
+    expected = sample_tokens(MODEL, labels, **SETTINGS, cache=CachePolicy(), noise=noise)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0)
+    assert sampler.record is None
+
+
+class NoNoise:
+    """Noise without values."""
+
+    def __init__(self, model) -> None:
+        self.orders = torch.empty(2, model.seq_len, dtype=torch.long, device="meta")
+        self.shape = (SETTINGS["num_sampling_steps"] + 1, 2), model.token_dim
+
+    def draw(self, step: int, num_tokens: int) -> Tensor:
+        (draws, images), token_dim = self.shape
+        return torch.empty(draws, images, num_tokens, token_dim, device="meta")
+
+
+@pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
+def test_the_loop_never_waits_for_a_value(policy: CachePolicy | None) -> None:
+    with torch.device("meta"):  # where there are none: asking for one is an error
+        model = create_model("mar_tiny")
+        latents = torch.empty(2, model.vae_embed_dim, 16, 16)
+    sampler = Sampler(model, **SETTINGS, cache=policy)
+    steps = list(sampler.steps(LABELS[:2], NoNoise(model), latents))
+    assert len(steps) == SETTINGS["num_iter"]

@@ -1,0 +1,475 @@
+"""reproduce.py and report.py: what is measured is right, kept, and shown for what it is."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import CONTEXT, free_port, make_weights
+
+import report as page
+import reproduce as program
+from models import PRESETS, CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
+from models.flops import Flops, flops_per_step
+from models.plan import make_plan
+from models.sampling import Transformer
+from util import figures
+from util.ablations import ABLATIONS, run_name
+from util.distributed import launch
+from util.errors import InputError
+from util.options import check, parse_options
+from util.paper import TABLE
+from util.redundancy import ROW_GROUPS, measure_redundancy, trace
+from util.results import Results
+from util.spread import groups_of_images, jackknife
+
+SMALL = shlex.split(
+    "--models mar_tiny --num_images 20 --ablation_images 20 --eval_bsz 10 --num_iter 8 --num_sampling_steps 3 "
+    "--ablations selection --device cpu --dtype float32"
+)
+RANDOM = CachePolicy(start_step=1, selection="random", min_margin=0, kept_fractions=((0, 0.3),))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with random weights of mar_tiny and its VAE."""
+    folder = tmp_path_factory.mktemp("weights")
+    make_weights(folder)
+    return folder
+
+
+def use_weights(folder: Path) -> None:
+    files = {"checkpoint": str(folder / "checkpoint-last.safetensors"), "vae_path": str(folder / "vae.safetensors")}
+    PRESETS["mar_tiny"] = dataclasses.replace(PRESETS["mar_tiny"], **files)
+
+
+@pytest.fixture(autouse=True)
+def random_weights(weights, monkeypatch):
+    monkeypatch.setitem(PRESETS, "mar_tiny", PRESETS["mar_tiny"])
+    monkeypatch.setattr(figures, "DPI", 50)  # quicker
+    use_weights(weights)
+
+
+def run(folder: Path, *more: object) -> int:
+    """reproduce.py in this process; returns its exit code."""
+    arguments = [*SMALL, "--output_dir", str(folder), *map(str, more)]
+    return launch(lambda job: program.reproduce(job, program.parse_args(arguments)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, weights) -> Path:
+    """What a small run leaves."""
+    before, folder = PRESETS["mar_tiny"], tmp_path_factory.mktemp("reproduce") / "whole"
+    use_weights(weights)
+    assert run(folder) == 0
+    PRESETS["mar_tiny"] = before
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """That, to be maltreated: in the same place, because run folders are part of no result."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def results(folder: Path) -> dict[str, dict]:
+    files = Results(folder / "results")
+    return {name: files.read(name) for name in files.names()}
+
+
+def change(folder: Path, name: str, **fields: object) -> None:
+    files = Results(folder / "results")
+    files.write(name, {**files.read(name), **fields})
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listed"),
+    [
+        (["--models", "mar_giant"], ["mar_giant", *PRESETS]),
+        (["--ablations", "all", "colour"], ["all", *ABLATIONS]),
+        (["--ablations", "colour"], ["colour", *ABLATIONS, "none"]),
+        (["--num_images", "0"], ["--num_images"]),
+        (["--frobnicate"], ["--frobnicate"]),
+    ],
+)
+def test_unknown_names_are_refused_with_the_valid_ones(arguments, listed):
+    with pytest.raises(InputError) as caught:
+        program.parse_args(arguments)
+    assert all(name in str(caught.value) for name in listed)
+
+
+def test_more_ablation_images_than_there_will_be_are_refused_before_long_work(tmp_path, capsys):
+    assert run(tmp_path / "run", "--ablation_images", 21) == 2
+    assert "--ablation_images must be at most the 20" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Random selection
+
+
+def selected_rows(monkeypatch, model, num_images: int, policy: CachePolicy) -> list[tuple]:
+    """(step, rows [B, kept]) of each choice of rows in a run."""
+    choices, choose = [], Transformer._select_rows
+
+    def record(self, step, block, values):
+        rows = choose(self, step, block, values)
+        choices.append((step, rows.view(len(values), -1) % self.num_rows))
+        return rows
+
+    monkeypatch.setattr(Transformer, "_select_rows", record)
+    noise = ImageNoise(model, 3, range(num_images), 2)
+    settings = {"num_iter": 10, "cfg": 2.0, "num_sampling_steps": 2, "cache": policy}
+    sample_tokens(model, torch.arange(num_images) % model.class_num, noise=noise, **settings)
+    monkeypatch.undo()
+    return choices
+
+
+def test_random_selection_keeps_what_must_stay_and_depends_on_the_image_alone(monkeypatch):
+    model = create_model("mar_tiny", img_size=16)
+    alone, together = (selected_rows(monkeypatch, model, count, RANDOM) for count in (1, 3))
+    other_numbers = selected_rows(monkeypatch, model.double(), 3, RANDOM)
+    assert len(alone) == 8  # all but the first step and the refresh after nine
+    for (step, rows), (_, first), (_, wide) in zip(together, alone, other_numbers):
+        always = set(range(model.buffer_size + step.previous, model.buffer_size + step.stop))
+        assert all(always <= set(row.tolist()) and len(set(row.tolist())) == step.num_kept for row in rows)
+        assert rows[:1].tolist() == first.tolist() and rows.tolist() == wide.tolist()
+    chosen = [set(row.tolist()) for step, rows in together for row in rows]
+    assert len(set(map(frozenset, chosen))) == len(chosen), "images or steps share their random rows"
+    counts = np.bincount(torch.cat([rows.flatten() for _, rows in together]))[: model.buffer_size]
+    assert counts.min() > 0 or counts.std() < counts.mean(), "some rows are preferred"
+
+
+def test_random_selection_without_the_condition_cache_takes_the_same_rows_in_both_halves(monkeypatch):
+    policy = dataclasses.replace(RANDOM, condition_cache=False)
+    for _, rows in selected_rows(monkeypatch, create_model("mar_tiny", img_size=16), 2, policy):
+        assert rows[:2].tolist() == rows[2:].tolist()
+
+
+def test_selection_is_a_flag_of_eval():
+    base = ["--model", "mar_tiny", "--lazy_mar"]
+    assert check(parse_options("", base)).cache.selection == "similarity"
+    assert check(parse_options("", [*base, "--selection", "random"])).cache.selection == "random"
+    with pytest.raises(InputError, match="--selection must be similarity or random, not fair"):
+        parse_options("", [*base, "--selection", "fair"])
+
+
+# What is counted and measured
+
+
+def test_operations_per_step_sum_to_the_total_and_follow_the_plan():
+    with torch.device("meta"):
+        model = create_model("mar_tiny")
+    plan = make_plan(model.seq_len, model.buffer_size, 16, 4.0, "linear", None)
+    for policy in (None, CachePolicy(), CachePolicy(selection="random")):
+        steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
+        total = count_flops(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
+        assert len(steps) == 16 and all(min(step) > 0 for step in steps)
+        assert Flops(*map(sum, zip(*steps))) == total
+        per_token = {step.head / (planned.stop - planned.start) for step, planned in zip(steps[1:], plan[1:])}
+        assert len(per_token) == 1
+    steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=CachePolicy())
+    transformer = [step.encoder + step.decoder for step in steps]
+    assert transformer[14] > 2 * transformer[13], "step 14 is the refresh after step 5"
+
+
+def test_the_papers_speed_ups_are_ratios_of_its_operations():
+    for (model, _), row in TABLE.items():
+        assert row.speed_up == pytest.approx(TABLE[model, "baseline"].tflops / row.tflops, abs=0.006)
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=200)
+    groups = np.arange(200)
+    (mean, square) = jackknife(lambda chosen: [values[chosen].mean(), 2 * values[chosen].mean()], groups)
+    assert mean.value == values.mean() and mean.error == pytest.approx(values.std(ddof=1) / math.sqrt(200))
+    assert square.error == pytest.approx(2 * mean.error)
+    assert math.isnan(jackknife(lambda chosen: [1.0], np.zeros(5))[0].error)
+    assert np.bincount(groups_of_images(300, 10)).tolist() == [30] * 10
+    assert all(len(set(np.arange(300)[groups_of_images(300, 10) == group] % 10)) == 10 for group in range(10))
+
+
+def test_traced_features_are_the_networks():
+    model = create_model("mar_tiny", img_size=16)
+    noise = ImageNoise(model, 0, range(2), 2)
+    labels, order = torch.tensor([3, 7]), noise.orders.flip(1)
+    tokens = torch.randn(2, model.seq_len, model.token_dim)
+    plan = make_plan(model.seq_len, model.buffer_size, 6, 3.0, "linear", None)
+    with torch.inference_mode():
+        for features in trace(model, labels, plan, tokens, order, layer=3):
+            known, masked = order[:, : features.step.start], order[:, features.step.start :]
+            expected = model(model.class_emb(labels), tokens[:, : known.shape[1]], order)
+            rows = features.output[:2, model.buffer_size + known.shape[1] :]
+            torch.testing.assert_close(model.conditions(rows, masked), expected, rtol=1e-4, atol=1e-5)
+            assert features.values.shape == (2, model.buffer_size + model.seq_len, 2, 64)
+
+
+def test_redundancy_tells_changed_rows_from_others():
+    torch.manual_seed(0)
+    model = create_model("mar_tiny", img_size=16)
+    found = measure_redundancy(model, num_images=2, seed=0, cfg=3.0, num_iter=12, num_sampling_steps=2)
+    just_predicted, _, others = (np.mean(found["values"][group]["mean"]) for group in ROW_GROUPS)
+    assert just_predicted < 0.9 < others <= 1
+    for change in (found["difference"]["change"], *found["error"].values()):
+        assert len(change["mean"]) == len(found["distances"]) == 9
+        assert change["mean"][0] < change["mean"][-1] and change["low"] < change["mean"] < change["high"]
+
+
+# Running and continuing
+
+
+def test_every_row_and_ablation_is_measured_once(whole):
+    found = results(whole)
+    rows = [f"{model}-{method}" for model in PRESETS for method in program.METHODS]
+    ablations = ["ablation-baseline", "ablation-selection-similarity", "ablation-selection-chance"]
+    assert set(found) == {*rows, *ablations, "mar_tiny-redundancy"}
+    assert [path.name for path in (whole / "mar_tiny" / "ablations").iterdir()] == ["selection-chance"]
+    lazy = found["mar_tiny-lazymar"]
+    assert lazy["run"]["num_images"] == 20 and not lazy["unfinished"] and lazy["parameters"] > 4e6
+    assert sum(map(sum, lazy["flops_per_step"])) == lazy["run"]["flops_per_image"]
+    assert found["mar_huge-lazymar"]["run"] is None and len(found["mar_huge-lazymar"]["flops_per_step"]) == 8
+    # The paper's setting is the table's row, whatever its name among the ablations.
+    assert found["ablation-selection-similarity"]["fid"][0] == lazy["run"]["fid_fashion_classifier"]
+    assert found["ablation-selection-similarity"]["fid"] != found["ablation-selection-chance"]["fid"]
+
+
+def test_distances_are_those_of_the_images(whole):
+    found = results(whole)
+    assert found["ablation-baseline"]["pixel_distance"] == [0, 0]
+    folders = [whole / "mar_tiny" / name / "images" for name in ("baseline", "ablations/selection-chance")]
+    images = [np.stack([np.array(Image.open(path)) for path in sorted(folder.iterdir())]) for folder in folders]
+    difference = np.abs(images[0].astype(float) - images[1]).mean(axis=(1, 2, 3))
+    value, error = found["ablation-selection-chance"]["pixel_distance"]
+    assert value == pytest.approx(difference.mean(), rel=1e-5) and value > 0.1
+    halves = difference[:10].mean(), difference[10:].mean()  # the jackknife's two groups
+    assert error == pytest.approx(abs(halves[0] - halves[1]) / 2, rel=1e-4)
+
+
+def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys):
+    before = {name: (copy / "results" / f"{name}.json").read_bytes() for name in results(copy)}
+    evaluated, evaluate = [], program.evaluate
+
+    def record(job, options):
+        evaluated.append(options.output_dir.name)
+        return evaluate(job, options)
+
+    monkeypatch.setattr(program, "evaluate", record)
+    monkeypatch.setattr(program, "measure_redundancy", None)
+    assert run(copy) == 0 and not evaluated
+    assert before == {name: (copy / "results" / f"{name}.json").read_bytes() for name in results(copy)}
+
+    damaged = copy / "results" / "mar_tiny-baseline.json"
+    damaged.write_text(damaged.read_text().replace('"parameters": 4', '"parameters": 5'))
+    cut = copy / "results" / "ablation-baseline.json"
+    cut.write_bytes(cut.read_bytes()[:100])
+    (copy / "mar_tiny" / "ablations" / "selection-chance" / "images" / "000003.png").unlink()
+    capsys.readouterr()
+    assert run(copy) == 0 and evaluated == ["baseline", "selection-chance"]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "damaged" in line]
+    assert len(notes) == 2 and "mar_tiny-baseline.json" in notes[0] and "ablation-baseline.json" in notes[1]
+    again, measured = results(copy), json.loads(before["ablation-baseline"])["result"]
+    assert again["mar_tiny-baseline"]["parameters"] < 5e6
+    assert all(again["ablation-baseline"][key] == measured[key] for key in ("fid", "inception_score", "inputs"))
+    assert (copy / "mar_tiny" / "ablations" / "selection-chance" / "images" / "000003.png").exists()
+
+
+def _rank(arguments: list[str], weights: Path, rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    torch.set_num_threads(1)
+    use_weights(weights)
+    code = launch(lambda job: program.reproduce(job, program.parse_args(arguments)))
+    os._exit(code)
+
+
+def test_two_processes_measure_the_same(tmp_path, whole, weights):
+    arguments, port = [*SMALL, "--output_dir", str(tmp_path / "run")], free_port()
+    ranks = [CONTEXT.Process(target=_rank, args=(arguments, weights, rank, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    mine, theirs = results(tmp_path / "run"), results(whole)
+    assert set(mine) == set(theirs) and mine["mar_tiny-baseline"]["processes"] == 2
+    name = "ablation-selection-chance"
+    for measure in ("fid", "fid_difference", "inception_score", "pixel_distance"):
+        assert mine[name][measure] == theirs[name][measure]
+
+
+def test_without_weights_the_rest_is_measured_and_the_missing_file_named(tmp_path, monkeypatch):
+    nowhere = str(tmp_path / "nowhere.safetensors")
+    monkeypatch.setitem(PRESETS, "mar_tiny", dataclasses.replace(PRESETS["mar_tiny"], checkpoint=nowhere))
+    assert run(tmp_path / "run") == 0
+    found = results(tmp_path / "run")
+    assert not any(name.startswith("ablation") or "redundancy" in name for name in found)
+    for method in program.METHODS:
+        row = found[f"mar_tiny-{method}"]
+        assert nowhere in row["missing"] and row["run"] is None and not row["unfinished"]
+        assert row["latency"]["seconds"] > 0 and row["latency"]["how"] == "one image, random weights, timed in full"
+    text = make_page(tmp_path / "run")
+    assert f"NOT RUN:</span> weights missing: {nowhere}" in text and "RANDOM WEIGHTS:" in text
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "run", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    words = ["8 steps: 6 in full, 2 lazy", "TFLOPs", "encoder", "parameters  4.4 M", "GB", "s per image"]
+    for word in [*words, "ablations: 1 further run(s)"]:
+        assert word in printed, word
+    assert not list(tmp_path.iterdir())
+
+
+# The page
+
+
+def make_page(folder: Path) -> str:
+    assert page.main(["--results", str(folder)]) == 0
+    return (folder / "report.html").read_text()
+
+
+class Sources(HTMLParser):
+    """All that a page refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images, self.links, self.tags, self.texts = [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        values = dict(attributes)
+        if tag == "img":
+            self.images.append(values["src"])
+            self.texts.append(values["alt"])
+        if tag == "link":
+            self.links.append(values["href"])
+
+
+def test_the_page_holds_every_picture_and_fetches_nothing(whole):
+    text = make_page(whole)
+    found = Sources(text)
+    pictures = {path.read_bytes() for path in (whole / "report").glob("*.png")}
+    embedded = [
+        base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True) for source in found.images
+    ]
+    assert len(embedded) == len(pictures) > 8 and set(embedded) == pictures
+    for picture in embedded:
+        with Image.open(io.BytesIO(picture)) as image:
+            assert image.width == 250 and np.ptp(np.array(image.convert("L"))) > 100, "blank, or of another width"
+    assert all(len(alt) > 20 for alt in found.texts)
+    assert found.links == ["data:,"] and not found.tags & {"script", "iframe", "object", "video"}
+    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
+    for source in ("2503.12450", "2506.12035", "2510.17171", "2505.20297"):
+        assert f'href="https://arxiv.org/abs/{source}"' in text
+    assert "15.49" in text and "23.60" in text and "299.2" in text
+
+
+def test_other_settings_than_the_papers_are_named(whole):
+    text = make_page(whole)
+    row = text.partition("tiny, LazyMAR")[2].partition('class="values"')[0]
+    assert "num_iter 8 instead of 64" in row and "num_images 20 instead of 50000" in row
+    settings = json.loads(json.dumps(check(parse_options("", ["--model", "mar_huge", "--lazy_mar"])).settings(
+        torch.device("cuda"), torch.bfloat16)))  # fmt: skip
+    row = page.Row("mar_huge", "lazymar", {"run": {}, "unfinished": True, "inputs": {"settings": settings}}, 0)
+    assert row.other_settings() == []
+    settings["cache"]["refresh_interval"] = 5
+    assert row.other_settings() == ["refresh_interval 5 instead of 9"]
+
+
+def test_what_is_not_finished_is_shown_as_partial(copy):
+    assert "PARTIAL" not in make_page(whole_of_ablations(copy))
+    change(copy, "mar_tiny-lazymar", run=None, unfinished=True)
+    (copy / "mar_tiny" / "lazymar" / "images" / "000019.png").unlink()
+    (copy / "results" / "ablation-selection-chance.json").unlink()
+    (copy / "results" / "mar_base-baseline.json").unlink()
+    text = make_page(copy)
+    assert "PARTIAL: not finished are tiny, LazyMAR; rows kept are chosen by chance." in text
+    assert "PARTIAL: there is no result of mar_base-baseline." in text
+    assert "19 of 20 images are made, and none scored" in text and "PARTIAL: chance not measured." in text
+    row = text.partition("tiny, LazyMAR</b>")[2].partition('class="values"')[0]
+    assert 'data-label="FID"><b>–</b>' in row
+
+
+def whole_of_ablations(folder: Path) -> Path:
+    """The folder with results for the ablations that were not run, so that nothing is lacking."""
+    files = Results(folder / "results")
+    example = files.read("ablation-selection-chance")
+    for name, kind in ABLATIONS.items():
+        for label in kind.policies:
+            if files.read(result := f"ablation-{run_name(name, label)}") is None:
+                files.write(result, {**example, "ablation": name, "label": label})
+    return folder
+
+
+def test_ablations_of_other_settings_are_not_mixed(copy):
+    inputs = results(copy)["ablation-selection-chance"]["inputs"]
+    change(copy, "ablation-selection-chance", inputs={**inputs, "images": 10})
+    assert "PARTIAL: chance not measured." in make_page(copy)
+
+
+def test_damaged_results_are_named_on_the_page(copy, capsys):
+    (copy / "results" / "mar_tiny-redundancy.json").write_text("{")
+    text = make_page(copy)
+    assert "mar_tiny-redundancy.json is damaged" in text and "run reproduce.py again" in text
+    assert "mar_tiny-redundancy.json is damaged" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_is_refused(tmp_path, capsys):
+    assert page.main(["--results", str(tmp_path)]) == 2
+    assert "run reproduce.py first" in capsys.readouterr().err
+
+
+CHECK = """<script>
+window.addEventListener('load', () => {
+  const images = [...document.images];
+  document.body.dataset.shown = images.filter(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 100).length;
+  document.body.dataset.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+});
+</script>"""
+
+
+def test_the_page_loads_in_a_browser(copy, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        message = "no Chromium on this machine: the report was not opened in a browser"
+        warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
+    text = make_page(copy)
+    # The script that looks at the page is the only one that its policy lets run, in a copy.
+    checked = tmp_path / "checked.html"
+    checked.write_text(
+        text.replace("img-src", "script-src 'unsafe-inline'; img-src").replace("</body>", CHECK + "</body>")
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=390,800"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([browser, *flags, checked.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    shown = re.search(r'data-shown="(\d+)"', done.stdout)
+    assert shown and int(shown[1]) == text.count("<img "), "some pictures are not shown"
+    assert 'data-wide="false"' in done.stdout, "the page is wider than a phone"
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -1,0 +1,273 @@
+"""The report's figures, in one style: one column wide, legible on a phone, told apart without colour."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from models.flops import Flops
+from util.paper import OTHER_METHODS, TABLE
+
+matplotlib.use("agg")  # files alone, no windows
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+MARKERS = "osD^vP"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+HATCHES = {"encoder": "///", "decoder": "", "head": "..."}
+PART_COLOURS = {"encoder": SKY, "decoder": BLUE, "head": ORANGE}
+WIDTH, DPI = 5.0, 200  # inches and dots per inch: 1000 pixels, which a phone shows at about a third
+LEAST_CHANGE = 1e-5  # what is shown for less, on a logarithmic axis
+STYLE = {
+    "font.size": 11.5,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 7,
+    "hatch.linewidth": 0.6,
+    "figure.constrained_layout.use": True,
+}
+MODEL_NAMES = {"mar_base": "B", "mar_large": "L", "mar_huge": "H", "mar_tiny": "tiny"}
+
+
+class Point(NamedTuple):
+    """A setting of LazyMAR, or the baseline, as measured; pairs are a value and its standard error."""
+
+    label: str
+    speed_up: float
+    fid: tuple[float, float]
+    fid_difference: tuple[float, float]  # from the baseline's
+    inception_score: tuple[float, float]
+    pixel_distance: tuple[float, float]  # from the baseline's images, of 255
+    seconds: float  # of sampling, per image
+    tflops: float
+
+
+def draw(height: float, rows: int = 1, **options: object) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of so many inches' height with its panels one below the other."""
+    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), squeeze=False, **options)
+    return figure, axes[:, 0]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure's PNG file; the figure is closed."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    plt.close(figure)
+    # Few colours are in a plot, and a palette halves the page's size.
+    stream.seek(0)
+    reduced = io.BytesIO()
+    Image.open(stream).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(reduced, "PNG", optimize=True)
+    return reduced.getvalue()
+
+
+def in_style(function: Callable[..., Figure]) -> Callable[..., bytes]:
+    """Draw with `STYLE`, whatever the user's own settings are, and return the PNG file."""
+
+    @functools.wraps(function)
+    def drawn(*args: object) -> bytes:
+        with plt.style.context(["default", STYLE]):
+            return png(function(*args))
+
+    return drawn
+
+
+@in_style
+def quality_and_speed(measured: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+    """FID over speed-up on ImageNet: the papers' figures, and ours where there are any.
+
+    `measured`: by model, each method's (speed-up, FID).
+    """
+    figure, (axes,) = draw(4.6)
+    for model, colour, marker in zip(("mar_base", "mar_large", "mar_huge"), (GREEN, VERMILION, BLUE), MARKERS):
+        rows = [TABLE[model, method] for method in ("baseline", "lazymar")]
+        points = [row.speed_up for row in rows], [row.fid for row in rows]
+        axes.plot(*points, color=colour, marker=marker, mfc="white", label=f"MAR-{MODEL_NAMES[model]}, LazyMAR's paper")
+        if model in measured:
+            own = zip(*measured[model].values())
+            axes.plot(*own, color=colour, marker=marker, ls="--", label=f"MAR-{MODEL_NAMES[model]}, measured here")
+    for method, colour, marker in zip(OTHER_METHODS, (PURPLE, BLACK, ORANGE), "X*P"):
+        start, stop = method.speed_up
+        label = f"{method.name}, MAR-H"
+        if method.fid is not None:
+            axes.plot(start, method.fid, color=colour, marker=marker, ms=12, ls="", label=label)
+        elif start == stop:
+            axes.axvline(start, color=colour, ls=":", label=f"{label}: up to here")
+        else:
+            axes.axvspan(start, stop, color=colour, alpha=0.18, lw=0, hatch="//", label=f"{label} (256 steps = 1)")
+    axes.annotate("MAR", (1, 2.35), ha="center", va="bottom")
+    axes.annotate("LazyMAR", (2.8, 2.48), ha="center", va="bottom")
+    axes.set(xscale="log", xlim=(0.85, 11), ylim=(1.4, 2.6))
+    axes.set(xlabel="Speed-up, as each paper states it", ylabel="FID (lower is better)")
+    axes.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=1)
+    return figure
+
+
+@in_style
+def small_model_quality_and_speed(baseline: Point, ablations: Mapping[str, Sequence[Point]]) -> Figure:
+    """FID over speed-up of the small model's ablations, by their title."""
+    figure, (axes,) = draw(5.0)
+    axes.axhspan(baseline.fid[0] - baseline.fid[1], baseline.fid[0] + baseline.fid[1], color="#eeeeee", lw=0)
+    axes.axhline(baseline.fid[0], color=BLACK, lw=1, ls=":")
+    axes.plot(baseline.speed_up, baseline.fid[0], color=BLACK, marker="*", ms=13, ls="", label="Baseline")
+    for (title, points), colour, marker in zip(ablations.items(), COLOURS, MARKERS):
+        fids = np.array([point.fid for point in points])
+        axes.errorbar([point.speed_up for point in points], fids[:, 0], fids[:, 1], color=colour, marker=marker,
+                      ls="", elinewidth=1, capsize=2, alpha=0.9, label=title)  # fmt: skip
+    axes.set(xlabel="Speed-up of sampling, measured", ylabel="FID* (lower is better)")
+    figure.legend(loc="outside lower center", ncols=1)
+    return figure
+
+
+@in_style
+def ablation(title: str, points: Sequence[Point], chosen: str) -> Figure:
+    """Distance to the baseline's images, FID and cost by setting; `chosen` is the paper's setting."""
+    figure, (distance, fid, cost) = draw(6.6, 3, sharex=True)
+    x = np.arange(len(points))
+    ordered = all(point.label.replace(".", "").isdigit() for point in points)
+    for axes, name in ((distance, "pixel_distance"), (fid, "fid_difference")):
+        values = np.array([getattr(point, name) for point in points])
+        axes.errorbar(x, values[:, 0], values[:, 1], color=BLUE, marker="o", capsize=4, ls="-" if ordered else "")
+        axes.margins(x=0.08, y=0.2)
+    fid.axhline(0, color=BLACK, lw=1, ls=":")
+    distance.set_ylim(0, 1.2 * max(point.pixel_distance[0] for point in points))
+    bars = cost.bar(x, [point.speed_up for point in points], color=SKY, edgecolor=BLACK, lw=0.8, width=0.6)
+    cost.bar_label(bars, [f"{point.speed_up:.1f}" for point in points], padding=2)
+    cost.margins(y=0.18)
+    labels = [f"{point.label}\n(paper)" if point.label == chosen else point.label for point in points]
+    cost.set_xticks(x, labels)
+    cost.set_xlabel(title)
+    distance.set_title("Distance to the baseline's images, of 255")
+    fid.set_title("FID* minus the baseline's")
+    cost.set_title("Speed-up of sampling")
+    return figure
+
+
+@in_style
+def similarity_by_step(redundancy: Mapping) -> Figure:
+    """How far rows are from themselves at the step before: 1 - cosine similarity."""
+    figure, panels = draw(6.4, 2, sharex=True)
+    titles = {"values": f"Values of decoder block {redundancy['layer']}", "output": "Last decoder block's output"}
+    for axes, (name, title) in zip(panels, titles.items()):
+        for (group, band), colour, line in zip(redundancy[name].items(), (VERMILION, GREEN, BLUE), ("-", "--", "-.")):
+            changes = {key: np.maximum(1 - np.array(values), LEAST_CHANGE) for key, values in band.items()}
+            axes.fill_between(redundancy["steps"], changes["high"], changes["low"], color=colour, alpha=0.18, lw=0)
+            label = f"Tokens {group}" if name == "values" and not group.startswith("all") else None
+            label = "All other rows" if name == "values" and group.startswith("all") else label
+            axes.plot(redundancy["steps"], changes["mean"], color=colour, ls=line, label=label)
+        axes.set(title=title, ylabel="1 − cosine similarity", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].set_xlabel("Step, compared with the one before")
+    figure.legend(loc="outside lower center", ncols=1)
+    return figure
+
+
+@in_style
+def guidance_by_distance(redundancy: Mapping) -> Figure:
+    """How the difference between the halves changes over steps, and what reusing it costs."""
+    figure, panels = draw(8.2, 3, sharex=True)
+    lines = [
+        (panels[0], redundancy["difference"]["cosine"], VERMILION, None),
+        (panels[1], redundancy["difference"]["change"], VERMILION, None),
+        (panels[2], redundancy["error"]["difference reused"], VERMILION, "Difference reused"),
+        (panels[2], redundancy["error"]["output reused"], BLUE, "Output itself reused"),
+    ]
+    for axes, band, colour, label in lines:
+        axes.fill_between(redundancy["distances"], band["low"], band["high"], color=colour, alpha=0.15, lw=0)
+        marker = "o" if colour == VERMILION else "s"
+        axes.plot(redundancy["distances"], band["mean"], color=colour, marker=marker, label=label)
+    panels[0].set_title("Difference: cosine similarity")
+    panels[1].set_title("Difference: relative change")
+    panels[2].set_title("Error of the unconditional half")
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
+    panels[-1].set_xlabel("Steps apart")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@in_style
+def operations_by_part(rows: Mapping[str, Flops], baselines: Mapping[str, float]) -> Figure:
+    """Stacked bars per row (by name), in per cent of its baseline's total operations."""
+    figure, (axes,) = draw(0.8 + 0.48 * len(rows))
+    y = np.arange(len(rows))
+    left = np.zeros(len(rows))
+    for part in Flops._fields:
+        widths = np.array([100 * getattr(flops, part) / baselines[name] for name, flops in rows.items()])
+        axes.barh(y, widths, left=left, color=PART_COLOURS[part], hatch=HATCHES[part], edgecolor="white", lw=0.5,
+                  label=part, height=0.7)  # fmt: skip
+        left += widths
+    for position, flops, end in zip(y, rows.values(), left):
+        axes.text(end + 1, position, f"{flops.total / 1e12:.3g} T", va="center")
+    axes.set_yticks(y, list(rows))
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 122), xlabel="Operations per image, % of the baseline's")
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@in_style
+def operations_by_step(methods: Mapping[str, Sequence[Flops]]) -> Figure:
+    """Stacked bars per step, a panel for each method by name."""
+    figure, panels = draw(5.6, len(methods), sharex=True, sharey=True)
+    for axes, (name, steps) in zip(panels, methods.items()):
+        bottom = np.zeros(len(steps))
+        for part in Flops._fields:
+            heights = np.array([getattr(step, part) for step in steps]) / 1e9
+            axes.bar(np.arange(len(steps)), heights, 0.85, bottom, color=PART_COLOURS[part],
+                     label=part if axes is panels[0] else None)  # fmt: skip
+            bottom += heights
+        axes.set(title=f"{name}: {bottom.sum() / 1e3:.3g} TFLOPs", ylabel="GFLOPs")
+        axes.grid(axis="x", visible=False)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].set_xlabel("Step")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@in_style
+def image_pairs(baseline: Path, other: Path, count: int, per_row: int = 5) -> Figure:
+    """The first images of two runs of the same seeds, and the difference: mid-grey is none."""
+    names = [f"{index:06d}.png" for index in range(count)]
+    blocks = [names[start : start + per_row] for start in range(0, count, per_row)]
+    figure, grid = plt.subplots(
+        3 * len(blocks), per_row, figsize=(WIDTH, 0.95 * 3 * len(blocks) * 5 / per_row), squeeze=False
+    )
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+    for block, row in zip(blocks, grid.reshape(len(blocks), 3, per_row)):
+        for column, name in enumerate(block):
+            first, second = (np.asarray(Image.open(folder / name).convert("RGB")) for folder in (baseline, other))
+            difference = 127.5 + second - first.astype(float)
+            for axes, pixels in zip(row[:, column], (first, second, difference.clip(0, 255).astype(np.uint8))):
+                axes.imshow(pixels, interpolation="nearest")
+        for axes, label in zip(row[:, 0], ("Baseline", "LazyMAR", "Difference")):
+            axes.set_ylabel(label)
+    return figure

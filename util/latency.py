@@ -1,0 +1,69 @@
+"""How long sampling takes, from one batch or from its first steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models import MAR, CachePolicy, ImageNoise, Sampler
+from models.flops import Flops
+
+GPU_BATCHES = 3  # the first one loads kernels, the second records graphs, the third is timed
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that a batch takes to sample, without decoding; `timed_steps` of `num_iter` steps were timed, and the
+    rest estimated by its operations."""
+
+    seconds: float
+    timed_steps: int
+    num_iter: int
+
+    @property
+    def how(self) -> str:
+        if self.timed_steps == self.num_iter:
+            return "timed in full"
+        return f"extrapolated by operations from the first {self.timed_steps} of {self.num_iter} steps"
+
+
+def time_sampling(
+    model: MAR,
+    batch_size: int,
+    flops: Sequence[Flops],
+    *,
+    num_iter: int,
+    cfg: float,
+    num_sampling_steps: int,
+    cache: CachePolicy | None,
+    seconds: float,
+) -> Latency:
+    """Time one batch, but no longer than about so many `seconds` on a CPU. `flops` are those of each step."""
+    device = model.mask_token.device
+    sampler = Sampler(model, num_iter=num_iter, cfg=cfg, num_sampling_steps=num_sampling_steps, cache=cache)
+    labels = torch.arange(batch_size) % model.class_num
+    noise = ImageNoise(model, 0, range(batch_size), num_sampling_steps, device)
+
+    def synchronized_clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    if device.type == "cuda":
+        for _ in range(GPU_BATCHES):
+            start = synchronized_clock()
+            sampler(labels, noise)
+            elapsed = synchronized_clock() - start
+        return Latency(elapsed, num_iter, num_iter)
+    side = model.grid_size * model.patch_size
+    latents = torch.empty(batch_size, model.vae_embed_dim, side, side, dtype=sampler.dtype)
+    start, done = time.perf_counter(), 0
+    for _ in sampler.steps(labels, noise, latents):
+        done, elapsed = done + 1, time.perf_counter() - start
+        if elapsed > seconds:
+            break
+    operations = [step.total for step in flops]
+    return Latency(elapsed * sum(operations) / sum(operations[:done]), done, num_iter)

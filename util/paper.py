@@ -1,0 +1,61 @@
+"""Published figures, each with its source, for our own to stand beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LAZYMAR = "arXiv 2503.12450"
+MAR = "arXiv 2406.11838"
+PARAMETERS = {"mar_base": 208e6, "mar_large": 479e6, "mar_huge": 943e6}  # as the MAR paper has them
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A row of the main table of LazyMAR (arXiv 2503.12450): ImageNet at 256 pixels, 64 steps, 50,000 images.
+
+    gpu_seconds, cpu_seconds: per image, the former on an RTX 3090.
+    tflops:                   per image, as the paper's table has them.
+    counted_tflops:           those of the authors' code by PyTorch's FlopCounterMode: matrix products, without the VAE.
+    """
+
+    gpu_seconds: float
+    cpu_seconds: float
+    tflops: float
+    counted_tflops: float
+    speed_up: float
+    fid: float
+    inception_score: float
+
+
+TABLE = {  # (model, method)
+    ("mar_base", "baseline"): PaperRow(0.47, 28.97, 15.49, 14.653, 1.00, 2.32, 281.1),
+    ("mar_base", "lazymar"): PaperRow(0.21, 11.08, 5.54, 5.285, 2.80, 2.45, 281.3),
+    ("mar_large", "baseline"): PaperRow(0.93, 59.66, 35.05, 33.070, 1.00, 1.82, 296.1),
+    ("mar_large", "lazymar"): PaperRow(0.40, 22.82, 12.52, 11.926, 2.80, 1.93, 297.4),
+    ("mar_huge", "baseline"): PaperRow(1.74, 116.61, 69.06, 65.177, 1.00, 1.59, 299.1),
+    ("mar_huge", "lazymar"): PaperRow(0.75, 43.12, 24.38, 23.601, 2.83, 1.69, 299.2),
+}
+
+
+@dataclass(frozen=True)
+class OtherMethod:
+    """Another training-free method on MAR-H, as its own paper states it. `fid` is None where only speed is given."""
+
+    name: str
+    source: str
+    speed_up: tuple[float, float]  # from, to
+    fid: float | None
+    note: str
+
+
+OTHER_METHODS = (
+    OtherMethod("MARché", "arXiv 2506.12035", (1.7, 1.7), None, "up to 1.7 times faster"),
+    OtherMethod("GtR", "arXiv 2510.17171", (3.72, 3.72), 1.59, "3.72 times faster at FID 1.59, IS 304.4"),
+    OtherMethod(
+        "DiSA",
+        "arXiv 2505.20297",
+        (5.0, 10.0),
+        None,
+        "5 to 10 times faster than 256 steps of 100 denoising steps: 64 steps, denoising steps annealed from 50 to 5",
+    ),
+)
