@@ -151,7 +151,7 @@ def test_scores_are_those_of_torch_fidelity_on_the_folder(whole, tmp_path):
     arguments = ["--features", "fashion", "--statistics", statistics, "--json", str(report)]
     assert score_folder(["evaluate", str(whole / "images"), *arguments]) == 0
     fid = json.loads(report.read_text())["fid_fashion_classifier"]
-    assert scores(whole)["fid_fashion_classifier"] == pytest.approx(fid, abs=1e-6)
+    assert scores(whole)["fid_fashion_classifier"] == pytest.approx(fid, rel=1e-6)
     # The features are those of the PNGs.
     record = np.load(whole / "batches" / "000003.npz")
     pngs = [np.array(Image.open(whole / "images" / f"{index:06d}.png")) for index in (6, 7)]
