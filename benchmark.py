@@ -108,6 +108,7 @@ def measure(
 
     with torch.device("meta"):
         shapes, vae_shapes = create_model(name), AutoencoderKL(**PRESETS[name].vae)
+    vae_flops = count_decoding_flops(vae_shapes, side)
     results = []
     for method in args.methods:
         flops, median = count_flops(shapes, **settings, cache=METHODS[method]), statistics.median(seconds[method])
@@ -123,7 +124,7 @@ def measure(
                 slowest=max(seconds[method]),
                 vae_seconds=vae_seconds,
                 flops=flops,
-                vae_flops=count_decoding_flops(vae_shapes, side),
+                vae_flops=vae_flops,
                 share_of_peak=flops.total / median / rate,
                 peak_bytes=peaks[method],
             )
@@ -218,7 +219,7 @@ def plot(results: list[Measurement], title: str, path: Path) -> None:
         panel.legend(fontsize=6)
     figure.suptitle(f"Sampling on {title}", fontsize=9)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

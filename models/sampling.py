@@ -434,17 +434,16 @@ class _Batches:
         self.weight_dtype = sampler.model.mask_token.dtype
         self.recorded_steps: list[Recorded] = []  # by step
         self.recorded_heads: dict[int, Recorded] = {}  # by the number of tokens, which several steps share
-        self.plan, self.recording = sampler.plan, False
+        self.plan = sampler.plan
 
     def begin_recording(self) -> None:
         """From the second batch on: by then the first one has made what libraries make at first use."""
-        if self.record is None or self.recording:
-            return
-        self.recording, record_steps = True, self.record()
-        self.recorded_steps = [Recorded(partial(self._conditions, step), record_steps) for step in self.plan]
+        if self.record is not None and not self.recorded_steps:
+            record = self.record()
+            self.recorded_steps = [Recorded(partial(self._conditions, step), record) for step in self.plan]
 
     def conditions(self, step: Step, tokens: Tensor) -> Tensor:
-        run = self.recorded_steps[step.index] if self.recording else partial(self._conditions, step)
+        run = self.recorded_steps[step.index] if self.recorded_steps else partial(self._conditions, step)
         return run(tokens)
 
     def _conditions(self, step: Step, tokens: Tensor) -> Tensor:
@@ -452,7 +451,7 @@ class _Batches:
 
     def sample(self, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
         run = self.head
-        if self.recording:
+        if self.recorded_steps:
             # One recorder each: they are not replayed in a fixed order.
             num_tokens = draws.shape[1]
             if num_tokens not in self.recorded_heads:
@@ -461,26 +460,6 @@ class _Batches:
         return run(conditions, draws, guidance)
 
 
-def sample_tokens(
-    model: MAR,
-    class_labels: Tensor,
-    *,
-    num_iter: int = 64,
-    cfg: float = 3.25,
-    cfg_schedule: str = "linear",
-    temperature: float = 1.0,
-    num_sampling_steps: int = 100,
-    cache: CachePolicy | None = None,
-    noise: Noise | None = None,
-) -> Tensor:
-    """Sample one batch of latents [B, C, h, w]: arguments, result and errors are those of `Sampler` and its call."""
-    sampler = Sampler(
-        model,
-        num_iter=num_iter,
-        cfg=cfg,
-        cfg_schedule=cfg_schedule,
-        temperature=temperature,
-        num_sampling_steps=num_sampling_steps,
-        cache=cache,
-    )
-    return sampler(class_labels, noise)
+def sample_tokens(model: MAR, class_labels: Tensor, *, noise: Noise | None = None, **settings) -> Tensor:
+    """Sample one batch of latents [B, C, h, w]: `settings`, result and errors are those of `Sampler` and its call."""
+    return Sampler(model, **settings)(class_labels, noise)
