@@ -14,7 +14,6 @@ import json
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +35,7 @@ from models import (
     count_flops,
     create_model,
     pack_linear_layers,
+    sample_tokens,
 )
 from models.flops import Flops, count_decoding_flops
 from models.vae import for_inference
@@ -43,9 +43,12 @@ from util.environment import DTYPES, choose_device, describe, processor_name
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.images import decode
+from util.latency import timed
 
 METHODS = {"baseline": None, "LazyMAR": CachePolicy()}
-WARMUPS = {"cpu": 0, "cuda": 2}  # a GPU's first batch runs as it stands, the second is recorded
+GPU_WARMUPS = 2  # the first batch runs as it stands, the second is recorded
+# On a CPU weights are packed at their first use: a short run has every kind of step.
+CPU_WARMUP = {"num_iter": 8, "num_sampling_steps": 8}
 
 
 @dataclass
@@ -73,16 +76,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = min(timed(lambda: a @ b, device) for _ in range(8))
     return 2 * size**3 / seconds
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -142,12 +135,16 @@ def time_methods(
     samplers = {method: Sampler(model, **settings, cache=METHODS[method]) for method in args.methods}
     runs = {method: partial(sampler, labels, noise) for method, sampler in samplers.items()}
     seconds, peaks = {method: [] for method in args.methods}, {}
-    for turn in tqdm(range(WARMUPS[device.type] + args.repeats), desc=description, leave=False):
+    if device.type == "cpu":
+        for method in args.methods:
+            sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, cache=METHODS[method])
+    warmups = GPU_WARMUPS if device.type == "cuda" else 0
+    for turn in tqdm(range(warmups + args.repeats), desc=description, leave=False):
         for method, run in runs.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             elapsed = timed(run, device)
-            if turn >= WARMUPS[device.type]:
+            if turn >= warmups:
                 seconds[method].append(elapsed / batch_size)
                 peaks[method] = peak_bytes(device)
     if args.profile:

@@ -29,18 +29,10 @@ from util.distributed import launch
 from util.options import check, parse_options
 from util.scoring import load_extractor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, BATCH_SIZE = 24, 2
 SLOW = ["--num_images", 40, "--num_iter", 16, "--num_sampling_steps", 8]  # long enough to be disturbed
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

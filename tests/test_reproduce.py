@@ -38,19 +38,12 @@ from util.redundancy import ROW_GROUPS, measure_redundancy, trace
 from util.results import Results
 from util.spread import groups_of_images, jackknife
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split(
     "--models mar_tiny --num_images 20 --ablation_images 20 --eval_bsz 10 --num_iter 8 --num_sampling_steps 3 "
     "--ablations selection --device cpu --dtype float32"
 )
 RANDOM = CachePolicy(start_step=1, selection="random", min_margin=0, kept_fractions=((0, 0.3),))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,17 @@ from models import MAR, CachePolicy, ImageNoise, Sampler
 from models.flops import Flops
 
 GPU_BATCHES = 3  # the first one loads kernels, the second records graphs, the third is timed
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, with all the work that it gives to the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -46,18 +57,9 @@ def time_sampling(
     sampler = Sampler(model, num_iter=num_iter, cfg=cfg, num_sampling_steps=num_sampling_steps, cache=cache)
     labels = torch.arange(batch_size) % model.class_num
     noise = ImageNoise(model, 0, range(batch_size), num_sampling_steps, device)
-
-    def synchronized_clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     if device.type == "cuda":
-        for _ in range(GPU_BATCHES):
-            start = synchronized_clock()
-            sampler(labels, noise)
-            elapsed = synchronized_clock() - start
-        return Latency(elapsed, num_iter, num_iter)
+        elapsed = [timed(lambda: sampler(labels, noise), device) for _ in range(GPU_BATCHES)]
+        return Latency(elapsed[-1], num_iter, num_iter)
     side = model.grid_size * model.patch_size
     latents = torch.empty(batch_size, model.vae_embed_dim, side, side, dtype=sampler.dtype)
     start, done = time.perf_counter(), 0
