@@ -28,6 +28,7 @@ from util.files import atomic_write
 from util.options import Options
 from util.paper import LAZYMAR, MAR, OTHER_METHODS, PARAMETERS, TABLE, PaperRow
 from util.results import Results
+from util.spread import difference
 
 METHODS = {"baseline": "MAR", "lazymar": "LazyMAR"}
 PAPER_IMAGES = 50_000
@@ -219,6 +220,7 @@ class Report:
             fid_difference=tuple(result["fid_difference"]),
             inception_score=tuple(result["inception_score"]),
             pixel_distance=tuple(result["pixel_distance"]),
+            pixel_distance_by_group=tuple(result["pixel_distance_by_group"]),
             seconds=result["sampling_seconds"],
             tflops=result["flops_per_image"] / 1e12,
         )
@@ -382,25 +384,27 @@ class Report:
         yield (
             f"<p>mar_tiny, one setting of LazyMAR varied at a time, {result['num_images']} images of the same seeds "
             "throughout. The distance is the mean absolute difference of a pixel from the baseline's image of the same "
-            "seed: it is far less noisy than FID. ± is the standard error by the jackknife over "
-            f"{result['groups']} groups of images. Each image has a seed of its own, so this is the spread over seeds; "
-            "of a difference of FIDs it is smaller than of a FID, because the images are paired.</p>"
+            "seed: it is far less noisy than FID. In brackets: how much it is above the distance at the paper's value, "
+            "over the same images. ± is the standard error by the jackknife over "
+            f"{len(result['pixel_distance_by_group'])} groups of images. Each image has a seed of its own, so this is "
+            "the spread over seeds; of a difference it is smaller, because the images are paired.</p>"
         )
         if result["notes"]:
             yield f'<p class="warning">{html.escape(" ".join(result["notes"]))}</p>'
         lines = []
         for name, points, lacking in self.ablations():
             kind = ABLATIONS[name]
-            chosen = next(label for label, policy in kind.policies.items() if policy == CachePolicy())
+            chosen = next(label for label, policy in kind.policies.items() if policy == kind.base)
+            base = next((point for point in points if point.label == chosen), None)
             partial = f' <span class="mark">PARTIAL: {", ".join(lacking)} not measured.</span>' if lacking else ""
             yield Picture(
                 f"ablation_{name}",
                 figures.ablation(kind.title, points, chosen),
                 f"Distance to the baseline's images, FID against the baseline's, and speed-up by {kind.title.lower()}",
-                f"<b>{kind.title}.</b> {summary(points)}{partial}",
+                f"<b>{kind.title}.</b> {kind.note} {summary(points, base)}{partial}",
             )
             lines += [f"<tr><th colspan=7>{html.escape(kind.title)}</th></tr>"]
-            lines += [ablation_line(point.label + " (paper)" * (point.label == chosen), point) for point in points]
+            lines += [ablation_line(point.label + " (paper)" * (point is base), point, base) for point in points]
         heads = ("", "Distance", "FID* − baseline's", "FID*", "IS*", "s per image", "TFLOPs")
         header = "".join(f"<th>{head}</th>" for head in heads)
         baseline = ablation_line("Baseline", self.reference)
@@ -514,10 +518,19 @@ def spread(pair: Sequence[float], digits: int) -> str:
     return number(value, digits) + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
-def ablation_line(label: str, point: Point) -> str:
+def distances(point: Point, base: Point | None, digits: int) -> str:
+    """The distance to the baseline's images and, in brackets, how much it is above that of the `base` setting."""
+    text = spread(point.pixel_distance, digits)
+    if base in (None, point):
+        return text
+    more = difference(point.pixel_distance_by_group, base.pixel_distance_by_group)
+    return f"{text} ({more.value:+.2f}{'' if math.isnan(more.error) else f' ± {more.error:.2f}'})"
+
+
+def ablation_line(label: str, point: Point, base: Point | None = None) -> str:
     cells = [
         html.escape(label),
-        spread(point.pixel_distance, 2),
+        distances(point, base, 2),
         spread(point.fid_difference, 2),
         spread(point.fid, 2),
         spread(point.inception_score, 2),
@@ -527,12 +540,10 @@ def ablation_line(label: str, point: Point) -> str:
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def summary(points: Sequence[Point]) -> str:
+def summary(points: Sequence[Point], base: Point | None) -> str:
     """The distances in words."""
     return (
-        "Distance: "
-        + "; ".join(f"{html.escape(point.label)}: {spread(point.pixel_distance, 1)}" for point in points)
-        + "."
+        "Distance: " + "; ".join(f"{html.escape(point.label)}: {distances(point, base, 1)}" for point in points) + "."
     )
 
 

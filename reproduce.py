@@ -224,7 +224,8 @@ class Reproduction:
         names = ("fid", "inception_score", "fid_difference", "pixel_distance")
         spreads = dict(zip(names, jackknife(measure, groups)))
         notes = score(features, logits, reference).notes
-        return {"num_images": count, "groups": len(set(groups)), "notes": notes, **spreads}
+        by_group = [float(distance[groups == group].mean()) for group in np.unique(groups)]
+        return {"num_images": count, "notes": notes, "pixel_distance_by_group": by_group, **spreads}
 
     # Why it works
 

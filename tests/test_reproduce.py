@@ -36,7 +36,7 @@ from util.options import check, parse_options
 from util.paper import TABLE
 from util.redundancy import ROW_GROUPS, measure_redundancy, trace
 from util.results import Results
-from util.spread import groups_of_images, jackknife
+from util.spread import difference, groups_of_images, jackknife
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split(
@@ -203,6 +203,13 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert mean.value == values.mean() and mean.error == pytest.approx(values.std(ddof=1) / math.sqrt(200))
     assert square.error == pytest.approx(2 * mean.error)
     assert math.isnan(jackknife(lambda chosen: [1.0], np.zeros(5))[0].error)
+
+
+def test_the_error_of_a_paired_difference_leaves_out_what_both_have_in_common():
+    common = np.random.default_rng(0).normal(size=10)
+    more = difference(common + np.arange(10) / 10, common)
+    assert more == pytest.approx((0.45, np.std(np.arange(10) / 10, ddof=1) / math.sqrt(10)))
+    assert math.isnan(difference([2.0], [1.0]).error) and difference([2.0], [1.0]).value == 1
     assert np.bincount(groups_of_images(300, 10)).tolist() == [30] * 10
     assert all(len(set(np.arange(300)[groups_of_images(300, 10) == group] % 10)) == 10 for group in range(10))
 
@@ -236,18 +243,25 @@ def test_redundancy_tells_changed_rows_from_others():
 # Running and continuing
 
 
+def test_each_ablation_varies_its_base_which_a_note_explains_if_it_is_not_the_papers_policy():
+    for kind in ABLATIONS.values():
+        assert kind.base in kind.policies.values() and len(set(kind.policies.values())) == len(kind.policies)
+        assert (kind.base == CachePolicy()) == (kind.note == "")
+
+
 def test_every_row_and_ablation_is_measured_once(whole):
     found = results(whole)
     rows = [f"{model}-{method}" for model in PRESETS for method in program.METHODS]
     ablations = ["ablation-baseline", "ablation-selection-similarity", "ablation-selection-chance"]
     assert set(found) == {*rows, *ablations, "mar_tiny-redundancy"}
-    assert [path.name for path in (whole / "mar_tiny" / "ablations").iterdir()] == ["selection-chance"]
+    made = sorted(path.name for path in (whole / "mar_tiny" / "ablations").iterdir())
+    assert made == ["prune_layer-0", "selection-chance"]  # the former is what the ablation varies: selection-similarity
     lazy = found["mar_tiny-lazymar"]
     assert lazy["run"]["num_images"] == 20 and not lazy["unfinished"] and lazy["parameters"] > 4e6
     assert sum(map(sum, lazy["flops_per_step"])) == lazy["run"]["flops_per_image"]
     assert found["mar_huge-lazymar"]["run"] is None and len(found["mar_huge-lazymar"]["flops_per_step"]) == 8
-    # The paper's setting is the table's row, whatever its name among the ablations.
-    assert found["ablation-selection-similarity"]["fid"][0] == lazy["run"]["fid_fashion_classifier"]
+    # What is a row of the table is not evaluated again as an ablation.
+    assert found["ablation-baseline"]["fid"][0] == found["mar_tiny-baseline"]["run"]["fid_fashion_classifier"]
     assert found["ablation-selection-similarity"]["fid"] != found["ablation-selection-chance"]["fid"]
 
 
@@ -261,6 +275,7 @@ def test_distances_are_those_of_the_images(whole):
     assert value == pytest.approx(difference.mean(), rel=1e-5) and value > 0.1
     halves = difference[:10].mean(), difference[10:].mean()  # the jackknife's two groups
     assert error == pytest.approx(abs(halves[0] - halves[1]) / 2, rel=1e-4)
+    assert found["ablation-selection-chance"]["pixel_distance_by_group"] == pytest.approx(halves, rel=1e-5)
 
 
 def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys):
@@ -333,7 +348,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys, monkeypat
     assert run(tmp_path / "run", "--dry_run") == 0
     printed = capsys.readouterr().out
     words = ["8 steps: 6 in full, 2 lazy", "TFLOPs", "encoder", "parameters  4.4 M", "GB", "s per image"]
-    for word in [*words, "ablations: 1 further run(s)"]:
+    for word in [*words, "ablations: 2 further run(s)"]:
         assert word in printed, word
     assert not list(tmp_path.iterdir())
 

@@ -60,6 +60,7 @@ class Point(NamedTuple):
     fid_difference: tuple[float, float]  # from the baseline's
     inception_score: tuple[float, float]
     pixel_distance: tuple[float, float]  # from the baseline's images, of 255
+    pixel_distance_by_group: tuple[float, ...]  # of images
     seconds: float  # of sampling, per image
     tflops: float
 

@@ -45,3 +45,13 @@ def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarr
     deviations = left_out - left_out.mean(axis=0)
     errors = np.sqrt((len(numbers) - 1) / len(numbers) * (deviations**2).sum(axis=0))
     return [Spread(float(value), float(error)) for value, error in zip(np.array(values, float), errors)]
+
+
+def difference(groups: Sequence[float], others: Sequence[float]) -> Spread:
+    """How much one mean is above another of the same groups of images, given each group's two means.
+
+    What the images have in common cancels: this is surer than the means themselves.
+    """
+    differences = np.array(groups) - np.array(others)
+    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return Spread(float(differences.mean()), float(error))
