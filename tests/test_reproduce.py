@@ -441,6 +441,16 @@ def test_ablations_of_other_settings_are_not_mixed(copy):
     assert "PARTIAL: chance not measured." in make_page(copy)
 
 
+def test_results_of_another_version_are_not_taken_for_this_ones(tmp_path):
+    files = Results(tmp_path)
+    files.write("row", {"seconds": 1})
+    assert files.read("row")["seconds"] == 1
+    path = files.path("row")
+    path.write_text(re.sub(r'"format": \d+', '"format": 0', path.read_text()))
+    with pytest.raises(InputError, match=r"row\.json is .*another version.*run reproduce.py again"):
+        files.read("row")
+
+
 def test_damaged_results_are_named_on_the_page(copy, capsys):
     (copy / "results" / "mar_tiny-redundancy.json").write_text("{")
     text = make_page(copy)
