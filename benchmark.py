@@ -31,10 +31,8 @@ from models import (
     CachePolicy,
     ImageNoise,
     Sampler,
-    cast_model,
     count_flops,
     create_model,
-    pack_linear_layers,
     sample_tokens,
 )
 from models.flops import Flops, count_decoding_flops
@@ -43,7 +41,7 @@ from util.environment import DTYPES, choose_device, describe, processor_name
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.images import decode
-from util.latency import timed
+from util.latency import random_model, timed
 
 METHODS = {"baseline": None, "LazyMAR": CachePolicy()}
 GPU_WARMUPS = 2  # the first batch runs as it stands, the second is recorded
@@ -259,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         rate = matmul_rate(device, DTYPES[dtype])
         print(f"{dtype}: matrix products at {rate / 1e12:.2f} TFLOP/s")
         for name in args.models:
-            model = pack_linear_layers(cast_model(create_model(name), DTYPES[dtype]).to(device))
+            model = random_model(name, device, DTYPES[dtype])
             for batch_size, num_iter in product(args.batch_sizes, args.num_iter):
                 try:
                     pair = measure(model, name, batch_size, num_iter, dtype, args, rate)

@@ -119,7 +119,7 @@ class Row:
 
     @cached_property
     def flops(self) -> Flops:
-        return Flops(*map(sum, zip(*self.steps)))
+        return Flops.of_steps(self.steps)
 
     @property
     def steps(self) -> list[Flops]:
@@ -447,11 +447,10 @@ class Report:
         baselines = {model: row.flops.total for (model, method), row in self.rows.items() if method == "baseline"}
         rows = {row.name: row for row in self.rows.values() if row.model in baselines}
         if rows:
-            shares = {name: baselines[row.model] / 100 for name, row in rows.items()}
             yield Picture(
                 "operations_by_part",
                 figures.operations_by_part({name: row.flops for name, row in rows.items()},
-                                           {name: 100 * share for name, share in shares.items()}),
+                                           {name: baselines[row.model] for name, row in rows.items()}),
                 "Operations per image of each model by encoder, decoder and head, as shares of the baseline's",
                 "<b>By part.</b> Counted operations per image, with guidance, without the VAE.",
             )  # fmt: skip

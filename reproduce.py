@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from eval import evaluate, load_models
-from models import MAR, PRESETS, CachePolicy, cast_model, create_model, pack_linear_layers
+from models import PRESETS, CachePolicy
 from models.flops import Flops, flops_per_step
 from models.plan import make_plan
 from util import environment
@@ -29,7 +29,7 @@ from util.distributed import Job, launch
 from util.errors import InputError
 from util.files import file_digest
 from util.flags import Parser
-from util.latency import time_sampling
+from util.latency import random_model, time_sampling
 from util.memory import memory_needed
 from util.options import Options, check
 from util.redundancy import measure_redundancy
@@ -177,12 +177,9 @@ class Reproduction:
     def latency(self, options: Options) -> dict:
         """One image's, with random weights."""
         print(f"{options.model}: no weights; timing one image with random ones", flush=True)
-        model = self.random_model(options)
+        model = random_model(options.model, self.device, self.dtype)
         measured = time_sampling(model, 1, flops(options), **sampling(options), seconds=LATENCY_SECONDS)
         return {"seconds": measured.seconds, "how": f"one image, random weights, {measured.how}"}
-
-    def random_model(self, options: Options) -> MAR:
-        return pack_linear_layers(cast_model(create_model(options.model), self.dtype).to(self.device))
 
     # The ablations
 
@@ -294,11 +291,15 @@ class Reproduction:
             rows = model.buffer_size + model.seq_len
             steps_in_words += f" with {lazy[0].num_kept} at first and {lazy[-1].num_kept} at last of {rows} rows"
         weights, per_image = memory_needed(model, options.cfg, options.cache, self.dtype)
-        parts = Flops(*map(sum, zip(*steps)))
+        parts = Flops.of_steps(steps)
         amounts = ", ".join(f"{part} {amount / 1e12:.3f}" for part, amount in parts._asdict().items())
         batch_size = options.eval_bsz if self.device.type == "cuda" else min(options.eval_bsz, 4)
         timed = time_sampling(
-            self.random_model(options), batch_size, steps, **sampling(options), seconds=ESTIMATE_SECONDS
+            random_model(options.model, self.device, self.dtype),
+            batch_size,
+            steps,
+            **sampling(options),
+            seconds=ESTIMATE_SECONDS,
         )
         seconds = timed.seconds / batch_size
         parameters = sum(parameter.numel() for parameter in model.parameters())

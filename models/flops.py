@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +30,10 @@ class Flops(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+    @classmethod
+    def of_steps(cls, steps: Iterable[Flops]) -> Flops:
+        return cls(*map(sum, zip(*steps)))
 
 
 class ProductCounter(TorchFunctionMode):
@@ -111,7 +115,7 @@ def count_flops(
 ) -> Flops:
     """Operations that sampling one image takes; see `flops_per_step`."""
     steps = flops_per_step(model, num_iter=num_iter, cfg=cfg, num_sampling_steps=num_sampling_steps, cache=cache)
-    return Flops(*map(sum, zip(*steps)))
+    return Flops.of_steps(steps)
 
 
 def count_decoding_flops(vae: AutoencoderKL, side: int) -> int:

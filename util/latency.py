@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models import MAR, CachePolicy, ImageNoise, Sampler
+from models import MAR, CachePolicy, ImageNoise, Sampler, cast_model, create_model, pack_linear_layers
 from models.flops import Flops
 
 GPU_BATCHES = 3  # the first one loads kernels, the second records graphs, the third is timed
@@ -23,6 +23,11 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> MAR:
+    """A model with random weights, on which speed does not depend, as ready for sampling as a loaded one."""
+    return pack_linear_layers(cast_model(create_model(name), dtype).to(device))
 
 
 @dataclass(frozen=True)
