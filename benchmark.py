@@ -130,12 +130,14 @@ def time_methods(
     device = model.mask_token.device
     labels = torch.arange(batch_size) % model.class_num
     noise = ImageNoise(model, 0, range(batch_size), args.num_sampling_steps, device)
-    samplers = {method: Sampler(model, **settings, cache=METHODS[method]) for method in args.methods}
+    samplers = {
+        method: Sampler(model, **settings, cache=METHODS[method], compile=args.compile) for method in args.methods
+    }
     runs = {method: partial(sampler, labels, noise) for method, sampler in samplers.items()}
     seconds, peaks = {method: [] for method in args.methods}, {}
     if device.type == "cpu":
         for method in args.methods:
-            sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, cache=METHODS[method])
+            sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, cache=METHODS[method], compile=args.compile)
     warmups = GPU_WARMUPS if device.type == "cuda" else 0
     for turn in tqdm(range(warmups + args.repeats), desc=description, leave=False):
         for method, run in runs.items():
@@ -225,6 +227,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_iter", nargs="+", type=int, default=[64], metavar="N", help="autoregressive steps")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--compile", action="store_true", help="fuse the head's small operations with torch.compile")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
     parser.add_argument("--num_sampling_steps", type=int, default=100)
     parser.add_argument("--profile", action="store_true", help="print, too, what takes longest in the last method")
@@ -251,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = choose_device(args.device)
     environment, results = describe(device), []
-    title = f"{processor_name(device)}, PyTorch {environment['torch']}"
+    title = f"{processor_name(device)}, PyTorch {environment['torch']}{', head compiled' * args.compile}"
     print(f"{title}; random weights; FLOPs: encoder + decoder + head")
     for dtype in args.dtypes:
         rate = matmul_rate(device, DTYPES[dtype])

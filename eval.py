@@ -150,6 +150,7 @@ def generate(
         num_sampling_steps=options.num_sampling_steps,
         cache=options.cache,
         cuda_graphs=options.cuda_graphs,
+        compile=options.compile,
     )
     for number in numbers:
         batch = run.known(number)

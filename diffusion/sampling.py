@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
 from models.diffloss import DiffusionHead, ResidualBlock, modulate
+from models.fusion import Fused
 from models.linear import Linear
 from models.plan import CachePolicy, HeadStep, make_head_plan
 
 ROWS_PER_PRODUCT = 4096  # modulations are computed for several denoising steps at once up to this many rows
+
+
+def modulated_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The norm of `x` [n, W], modulated, in `dtype`."""
+    return modulate(F.layer_norm(x, x.shape[-1:], weight, bias, eps), shift, scale).to(dtype)
+
+
+def denoise(
+    x: Tensor,
+    eps: Tensor,
+    v: Tensor,
+    difference: Tensor | None,
+    guidance: Tensor,
+    coefficients: Sequence[Tensor],
+    noise: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """One ancestral step with the learned variance, from noisy tokens [n, C] and what the head predicts for them.
+
+    Args:
+        eps, v:       [n, C] the conditional half's prediction.
+        difference:   [n, C] conditional - unconditional eps; None without guidance.
+        guidance:     [] the guidance scale - 1.
+        coefficients: [] each, of x and eps, then base and slope of the noise's log standard deviation.
+        noise:        [n, C]; None at the last step.
+    """
+    x_coefficient, eps_coefficient, log_std_base, log_std_slope = coefficients
+    if difference is not None:
+        eps = torch.addcmul(eps, difference, guidance)
+    mean = torch.addcmul(x_coefficient * x, eps_coefficient, eps)
+    if noise is None:
+        return mean
+    std = torch.addcmul(log_std_base, log_std_slope, v).exp()
+    return torch.addcmul(mean, std, noise, value=temperature)
 
 
 class HeadCache:
@@ -29,6 +73,34 @@ class HeadCache:
         self.mlp_outputs: dict[int, Tensor] = {}
         self.skipped: dict[int, Tensor] = {}
         self.difference: Tensor | None = None
+
+
+class Modulations:
+    """What the layers that modulate the head's blocks return, for the denoising steps of one kind in the order of use.
+
+    They do not depend on the tokens, so that one product serves several steps.
+
+    Args:
+        layers:    the layers, each with the part of its outputs that is wanted.
+        times:     [S, W] the steps' time embeddings.
+        condition: [n, W] the tokens' conditions, embedded.
+    """
+
+    def __init__(self, layers: list[tuple[Linear, slice]], times: Tensor, condition: Tensor) -> None:
+        self.layers, self.condition = layers, condition
+        self.ahead = iter(times.split(max(1, ROWS_PER_PRODUCT // len(condition))))
+        self.outputs: list[Tensor] = []  # of steps not taken yet
+
+    def take(self, count: int) -> Iterator[list[Tensor]]:
+        """Each layer's outputs [steps, n, ...] for the next `count` steps, in pieces of one step or more."""
+        while count > 0:
+            if not self.outputs or not len(self.outputs[0]):
+                y = F.silu(next(self.ahead).unsqueeze(1) + self.condition)  # [steps, n, W]
+                self.outputs = [layer.part(y, outputs) for layer, outputs in self.layers]
+            piece = [output[:count] for output in self.outputs]
+            self.outputs = [output[count:] for output in self.outputs]
+            count -= len(piece[0])
+            yield piece
 
 
 class HeadSampler:
@@ -46,21 +118,30 @@ class HeadSampler:
         guided: bool,
         policy: CachePolicy | None,
         dtype: torch.dtype,
+        compile: bool = False,
     ) -> None:
         self.head, self.temperature, self.guided = head, temperature, guided
-        self.schedule = NoiseSchedule.create(num_sampling_steps)
-        self.kinds = make_head_plan(num_sampling_steps, policy)
+        elementwise = modulated_norm, denoise
+        self.modulated_norm, self.denoise = map(Fused, elementwise) if compile else elementwise
+        kinds = make_head_plan(num_sampling_steps, policy)
+        self.kinds = [(kind, len(list(steps))) for kind, steps in groupby(kinds)]
         skipped = policy.head_skipped_blocks if policy is not None and policy.head_cache else ()
         numbers = range(len(head.res_blocks))
         self.runs = [(skip, list(run)) for skip, run in groupby(numbers, key=lambda number: number in skipped)]
 
         device = head.input_proj.weight.device
-        embedding = head.time_embed(torch.tensor(self.schedule.timesteps[::-1], device=device))  # [S, W], in use order
+        schedule = NoiseSchedule.create(num_sampling_steps)
+        # Per denoising step, in the order of use:
+        embedding = head.time_embed(torch.tensor(schedule.timesteps[::-1], device=device))  # [S, W]
         self.time_embedding = {
-            kind: torch.stack([row for row, of in zip(embedding, self.kinds) if of == kind]) for kind in set(self.kinds)
+            kind: torch.stack([row for row, of in zip(embedding, kinds) if of == kind]) for kind in set(kinds)
         }
+        columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
+        coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4]
+        self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]
+
         self.modulation_layers = {kind: self._modulation_layers(kind) for kind in self.time_embedding}
-        self.input_layer = [parameter.to(dtype) for parameter in head.input_proj.parameters()]
+        self.input_weight, self.input_bias = (parameter.to(dtype) for parameter in head.input_proj.parameters())
         self.output_layer = [parameter.to(dtype) for parameter in head.final_layer.linear.parameters()]
         self.norms = [[parameter.to(dtype) for parameter in block.in_ln.parameters()] for block in head.res_blocks]
 
@@ -75,13 +156,6 @@ class HeadSampler:
                     layers.append((layer, slice(2 * layer.in_features, None)))
         return [*layers, (self.head.final_layer.adaLN_modulation[1], slice(None))]
 
-    def _modulations(self, kind: str, condition: Tensor) -> Iterator[Iterator[Tensor]]:
-        """Per denoising step of this kind, its layers' modulations [rows, ...]; they do not depend on the tokens."""
-        for times in self.time_embedding[kind].split(max(1, ROWS_PER_PRODUCT // len(condition))):
-            y = F.silu(times.unsqueeze(1) + condition)  # [steps, rows, W]
-            outputs = [layer.part(y, outputs) for layer, outputs in self.modulation_layers[kind]]
-            yield from (iter(step) for step in zip(*outputs))
-
     def __call__(self, conditions: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens [n, C] for `conditions` [n, D], or [2n, D] (conditional half first) under guidance.
 
@@ -89,28 +163,28 @@ class HeadSampler:
         """
         condition = self.head.cond_embed(conditions)
         num_tokens = noise.shape[1]
-        streams = {
-            kind: self._modulations(kind, condition if kind == HeadStep.FULL else condition[:num_tokens])
-            for kind in self.time_embedding
+        modulations = {
+            kind: Modulations(layers, times, condition if kind == HeadStep.FULL else condition[:num_tokens])
+            for (kind, layers), times in zip(self.modulation_layers.items(), self.time_embedding.values())
         }
         cache = HeadCache()
-        x = noise[0]
-        for kind, index, draw in zip(self.kinds, reversed(range(len(self.kinds))), noise[1:]):
-            modulations = next(streams[kind])
-            h = self._blocks(kind, F.linear(x, *self.input_layer), modulations, cache)
-            shift, scale = next(modulations).chunk(2, dim=-1)
-            normed = F.layer_norm(h, h.shape[-1:], eps=self.head.final_layer.norm_final.eps)
-            eps, v = F.linear(modulate(normed, shift, scale), *self.output_layer).chunk(2, dim=-1)
-            if self.guided:
-                if kind == HeadStep.FULL:
-                    cache.difference = eps[:num_tokens] - eps[num_tokens:]
-                eps = torch.addcmul(eps[:num_tokens], cache.difference, guidance)
-            x = self._denoise(index, x, eps, v[:num_tokens], draw)
+        x, draws = noise[0], iter(zip(self.coefficients, [*noise[1:-1], None]))
+        for kind, count in self.kinds:
+            for *of_blocks, of_output in modulations[kind].take(count):
+                reused = self._reused(of_blocks, cache, len(of_output)) if kind == HeadStep.REUSE else None
+                for step, modulation in enumerate(of_output):
+                    if reused is not None:
+                        h = F.linear(x, self.input_weight) + reused[step]
+                    else:
+                        h = F.linear(x, self.input_weight, self.input_bias)
+                        h = self._blocks(kind, h, [layer[step] for layer in of_blocks], cache)
+                    eps, v = self._predict(kind, h, modulation, cache)
+                    x = self.denoise(x, eps, v, cache.difference, guidance, *next(draws), self.temperature)
         return x
 
-    def _blocks(self, kind: str, h: Tensor, modulations: Iterator[Tensor], cache: HeadCache) -> Tensor:
+    def _blocks(self, kind: str, h: Tensor, modulations: Sequence[Tensor], cache: HeadCache) -> Tensor:
         """The residual blocks' output for the projected tokens `h` [n, W]; [2n, W] at a full step under guidance."""
-        num_tokens = len(h)
+        num_tokens, modulations = len(h), iter(modulations)
         if kind == HeadStep.FULL and self.guided:
             h = h.repeat(2, 1)  # both halves denoise the same tokens
         for skip, blocks in self.runs:
@@ -119,27 +193,37 @@ class HeadSampler:
                 continue
             before = h
             for number in blocks:
-                *shift_scale, gate = next(modulations).split(h.shape[-1], dim=-1)
-                if kind == HeadStep.REUSE:
-                    update = cache.mlp_outputs[number]
-                else:
-                    update = self._mlp(number, h, *shift_scale)
-                    cache.mlp_outputs[number] = update[:num_tokens]
+                *shift_scale, gate = next(modulations).chunk(3, dim=-1)
+                update = self._mlp(number, h, *shift_scale)
+                cache.mlp_outputs[number] = update[:num_tokens]
                 h = torch.addcmul(h, gate, update)
             if skip:
                 cache.skipped[blocks[0]] = (h - before)[:num_tokens]
         return h
 
+    def _reused(self, gates: Sequence[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
+        """What the first layer's bias and the blocks add [steps, n, W] at steps that compute no block."""
+        gates = iter(gates)
+        added = self.input_bias.expand(num_steps, 1, -1)
+        for skip, blocks in self.runs:
+            if skip:
+                added = added + cache.skipped[blocks[0]]
+            else:
+                for number in blocks:
+                    added = torch.addcmul(added, next(gates), cache.mlp_outputs[number])
+        return added
+
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         block: ResidualBlock = self.head.res_blocks[number]
-        normed = F.layer_norm(h, h.shape[-1:], *self.norms[number], eps=block.in_ln.eps)
-        return block.mlp(modulate(normed, shift, scale).to(block.mlp[0].weight.dtype))
+        dtype = block.mlp[0].weight.dtype
+        return block.mlp(self.modulated_norm(h, *self.norms[number], block.in_ln.eps, shift, scale, dtype))
 
-    def _denoise(self, index: int, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor) -> Tensor:
-        """One ancestral step, from `index` to `index` - 1, with the learned variance; no noise at 0."""
-        schedule = self.schedule
-        x = torch.add(float(schedule.x_coefficient[index]) * x, eps, alpha=float(schedule.eps_coefficient[index]))
-        if index == 0:
-            return x
-        log_std = v * float(schedule.log_std_slope[index]) + float(schedule.log_std_base[index])
-        return torch.addcmul(x, log_std.exp(), noise, value=self.temperature)
+    def _predict(self, kind: str, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
+        """The conditional eps and v, each [n, C], from the blocks' output; the difference to guide by is cached."""
+        norm_eps = self.head.final_layer.norm_final.eps
+        normed = self.modulated_norm(h, None, None, norm_eps, *modulation.chunk(2, dim=-1), h.dtype)
+        eps, v = F.linear(normed, *self.output_layer).chunk(2, dim=-1)
+        if kind == HeadStep.FULL and self.guided:
+            eps, unconditional = eps.chunk(2)
+            cache.difference, v = eps - unconditional, v[: len(eps)]
+        return eps, v

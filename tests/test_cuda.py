@@ -29,11 +29,14 @@ def test_float64_latents_are_those_of_the_cpu(policy: CachePolicy | None) -> Non
 
 
 @every_policy
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it stands", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtype, policy: CachePolicy | None) -> None:
+def test_replayed_graphs_give_the_latents_of_the_plain_sampler(
+    dtype: torch.dtype, compiled: bool, policy: CachePolicy | None
+) -> None:
     torch.manual_seed(0)
     model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype).cuda()
-    sampler = Sampler(model, **SETTINGS, cache=policy)
+    sampler = Sampler(model, **SETTINGS, cache=policy, compile=compiled)
     assert sampler.record is CudaRecorder
     for seed, size in enumerate([2, 2, 2, 2, 3, 2, 2, 2]):
         labels, noise = LABELS.roll(seed)[:size], noise_for(model, seed, size)
