@@ -15,6 +15,8 @@ nvidia-smi
 "$python" benchmark.py --device cuda --models mar_base mar_large mar_huge --repeats 3 \
     --output "$out/one_image.json" --plot "$out/one_image.png"
 "$python" benchmark.py --device cuda --models mar_huge --batch_sizes 128 --repeats 2 --output "$out/batch_128.json"
+"$python" benchmark.py --device cuda --models mar_huge --batch_sizes 1 128 --repeats 2 --methods LazyMAR --compile \
+    --output "$out/compiled.json"
 "$python" benchmark.py --device cuda --models mar_huge --batch_sizes 256 --repeats 1 --methods LazyMAR --profile \
     --output "$out/batch_256.json"
 for lazy in "" --lazy_mar; do
