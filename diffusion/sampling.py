@@ -186,7 +186,7 @@ class HeadSampler:
         """The residual blocks' output for the projected tokens `h` [n, W]; [2n, W] at a full step under guidance."""
         num_tokens, modulations = len(h), iter(modulations)
         if kind == HeadStep.FULL and self.guided:
-            h = h.repeat(2, 1)  # both halves denoise the same tokens
+            h = torch.cat([h, h])  # both halves denoise the same tokens
         for skip, blocks in self.runs:
             if skip and kind != HeadStep.FULL:
                 h = h + cache.skipped[blocks[0]]
