@@ -76,13 +76,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: on a GPU since the last reset, on a CPU since the process began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @torch.inference_mode()
 def measure(
     model: MAR, name: str, batch_size: int, num_iter: int, dtype: str, args: argparse.Namespace, rate: float
@@ -130,26 +123,45 @@ def time_methods(
     device = model.mask_token.device
     labels = torch.arange(batch_size) % model.class_num
     noise = ImageNoise(model, 0, range(batch_size), args.num_sampling_steps, device)
-    samplers = {
-        method: Sampler(model, **settings, cache=METHODS[method], compile=args.compile) for method in args.methods
-    }
-    runs = {method: partial(sampler, labels, noise) for method, sampler in samplers.items()}
-    seconds, peaks = {method: [] for method in args.methods}, {}
-    if device.type == "cpu":
+    runs, seconds, peaks = {}, {method: [] for method in args.methods}, {}
+    with tqdm(total=len(args.methods) * (1 + args.repeats), desc=description, leave=False) as progress:
         for method in args.methods:
-            sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, cache=METHODS[method], compile=args.compile)
-    warmups = GPU_WARMUPS if device.type == "cuda" else 0
-    for turn in tqdm(range(warmups + args.repeats), desc=description, leave=False):
-        for method, run in runs.items():
+            options = {"cache": METHODS[method], "compile": args.compile}
+            runs[method] = partial(Sampler(model, **settings, **options), labels, noise)
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            elapsed = timed(run, device)
-            if turn >= warmups:
-                seconds[method].append(elapsed / batch_size)
-                peaks[method] = peak_bytes(device)
+                weights = sum(parameter.nbytes for parameter in model.parameters())
+                peaks[method] = weights + gpu_peak(runs[method], device)
+            else:
+                sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, **options)
+            progress.update()
+        for _ in range(args.repeats):
+            for method, run in runs.items():
+                seconds[method].append(timed(run, device) / batch_size)
+                if device.type == "cpu":
+                    peaks[method] = cpu_peak()
+                progress.update()
     if args.profile:
         print(profiled(runs[args.methods[-1]], device))
     return seconds, peaks
+
+
+def gpu_peak(run: Callable[[], object], device: torch.device) -> int:
+    """Run the warm-up, and return how many bytes more PyTorch takes at the most.
+
+    Taken, not in use: recorded graphs keep theirs, and a replay is not seen to use any.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    for _ in range(GPU_WARMUPS):
+        run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device) - before
+
+
+def cpu_peak() -> int:
+    """The most bytes that this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def profiled(run: Callable[[], object], device: torch.device) -> str:
@@ -175,6 +187,12 @@ def table(pair: list[Measurement]) -> str:
             f"  {result.peak_bytes / 1e9:.1f} GB"
         )
     return "\n".join(lines)
+
+
+def write(path: Path, title: str, environment: dict, results: list[Measurement]) -> None:
+    rows = [{**asdict(result), "flops": result.flops._asdict()} for result in results]
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps({"title": title, "environment": environment, "results": rows}, indent=2) + "\n")
 
 
 def read(path: Path) -> tuple[str, list[Measurement]]:
@@ -268,12 +286,8 @@ def main(argv: list[str] | None = None) -> None:
                     raise InputError(f"--{error}") from None
                 results += pair
                 print(table(pair), flush=True)
-    if args.output:
-        rows = [{**asdict(result), "flops": result.flops._asdict()} for result in results]
-        with atomic_write(args.output) as temporary:
-            temporary.write_text(
-                json.dumps({"title": title, "environment": environment, "results": rows}, indent=2) + "\n"
-            )
+                if args.output:
+                    write(args.output, title, environment, results)
     if args.plot:
         plot(results, title, args.plot)
 

@@ -140,7 +140,8 @@ def generate(
     numbers: Iterable[int], run: RunFolder, model: MAR, vae: AutoencoderKL, options: Options
 ) -> Iterator[Batch]:
     """Make the images of each batch, unless all of them are there and only its record was lost."""
-    device, labels, made = model.mask_token.device, torch.tensor(options.labels()), 0
+    device, labels = model.mask_token.device, torch.tensor(options.labels())
+    made = Counter()  # batches, by their size
     sampler = Sampler(
         model,
         num_iter=options.num_iter,
@@ -156,7 +157,8 @@ def generate(
         batch = run.known(number)
         batch.pixels = run.read_pixels(number)
         if batch.pixels is None:
-            first = made < (1 if sampler.record is None else 2)  # the second batch is recorded where that is possible
+            size = len(run.indices(number))
+            first = made[size] < (1 if sampler.record is None else 2)  # where it can be, the second one is recorded
             batch = Batch(number, run.indices(number), first=first, worker=environment.where(device))
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
@@ -168,7 +170,7 @@ def generate(
                 check_finite(images, "decoded pixels", batch.indices)
                 batch.pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
             batch.sample_seconds, batch.decode_seconds = sampled - start, time.perf_counter() - sampled
-            made += 1
+            made[size] += 1
         yield batch
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.schedule import NoiseSchedule
 from models.diffloss import DiffusionHead, ResidualBlock, modulate
@@ -132,7 +132,7 @@ class HeadSampler:
         device = head.input_proj.weight.device
         schedule = NoiseSchedule.create(num_sampling_steps)
         # Per denoising step, in the order of use:
-        embedding = head.time_embed(torch.tensor(schedule.timesteps[::-1], device=device))  # [S, W]
+        embedding = head.time_embed(torch.tensor(schedule.timesteps[::-1]))  # [S, W]
         self.time_embedding = {
             kind: torch.stack([row for row, of in zip(embedding, kinds) if of == kind]) for kind in set(kinds)
         }
@@ -141,9 +141,9 @@ class HeadSampler:
         self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]
 
         self.modulation_layers = {kind: self._modulation_layers(kind) for kind in self.time_embedding}
-        self.input_weight, self.input_bias = (parameter.to(dtype) for parameter in head.input_proj.parameters())
-        self.output_layer = [parameter.to(dtype) for parameter in head.final_layer.linear.parameters()]
-        self.norms = [[parameter.to(dtype) for parameter in block.in_ln.parameters()] for block in head.res_blocks]
+        self.input_weight, self.input_bias = _weights(head.input_proj, dtype)
+        self.output_layer = _weights(head.final_layer.linear, dtype)
+        self.norms = [_weights(block.in_ln, dtype) for block in head.res_blocks]
 
     def _modulation_layers(self, kind: str) -> list[tuple[Linear, slice]]:
         """The layers whose modulations a step of this kind uses, in the order of use, and which of their outputs."""
@@ -227,3 +227,7 @@ class HeadSampler:
             eps, unconditional = eps.chunk(2)
             cache.difference, v = eps - unconditional, v[: len(eps)]
         return eps, v
+
+
+def _weights(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    return [parameter.detach().to(dtype) for parameter in layer.parameters()]

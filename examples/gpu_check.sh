@@ -1,26 +1,33 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in about ten minutes on an H100: the CUDA tests, then speed, memory and a profile of MAR-H
 # with random weights, then mar_tiny's images end to end. Everything is left in the folder named (default: output/gpu).
+# What fails does not keep the rest from being measured; the exit code tells.
 #
 #     PYTHON=.venv/bin/python examples/gpu_check.sh [FOLDER]
-set -euo pipefail
+set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-output/gpu}
 python=${PYTHON:-python3}
+failed=0
 mkdir -p "$out"
 exec > >(tee "$out/log.txt") 2>&1
 
-nvidia-smi
-"$python" -m pytest -q tests/test_cuda.py
-"$python" benchmark.py --device cuda --models mar_base mar_large mar_huge --repeats 3 \
-    --output "$out/one_image.json" --plot "$out/one_image.png"
-"$python" benchmark.py --device cuda --models mar_huge --batch_sizes 128 --repeats 2 --output "$out/batch_128.json"
-"$python" benchmark.py --device cuda --models mar_huge --batch_sizes 1 128 --repeats 2 --methods LazyMAR --compile \
-    --output "$out/compiled.json"
-"$python" benchmark.py --device cuda --models mar_huge --batch_sizes 256 --repeats 1 --methods LazyMAR --profile \
-    --output "$out/batch_256.json"
+try() {
+    echo "+ $*"
+    "$@" || { failed=1; echo "FAILED: $*"; }
+}
+
+try nvidia-smi
+try "$python" -m pytest -q tests/test_cuda.py
+huge=(benchmark.py --device cuda --models mar_huge)
+try "$python" "${huge[@]}" --batch_sizes 1 128 --repeats 2 --output "$out/huge.json"
+try "$python" "${huge[@]}" --batch_sizes 1 128 --repeats 2 --methods LazyMAR --compile --output "$out/compiled.json"
+try "$python" "${huge[@]}" --batch_sizes 256 --repeats 1 --methods LazyMAR --output "$out/batch_256.json"
+try "$python" "${huge[@]}" --batch_sizes 128 --repeats 1 --methods LazyMAR --num_iter 16 --profile
+try "$python" benchmark.py --device cuda --models mar_base mar_large --output "$out/smaller.json"
 for lazy in "" --lazy_mar; do
-    "$python" eval.py --model mar_tiny --device cuda --num_images 2000 --eval_bsz 500 $lazy \
+    try "$python" eval.py --model mar_tiny --device cuda --num_images 2000 --eval_bsz 500 $lazy \
         --output_dir "$out/mar_tiny$lazy" --overwrite
 done
-"$python" compare.py "$out/mar_tiny" "$out/mar_tiny--lazy_mar"
+try "$python" compare.py "$out/mar_tiny" "$out/mar_tiny--lazy_mar"
+exit "$failed"

@@ -27,11 +27,15 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Embeddings [N, width] of `timesteps` [N]; the sinusoids are float32, as the weights were trained."""
+        """Embeddings [N, width] of `timesteps` [N], on the weights' device.
+
+        The sinusoids are float32, as the weights were trained; they are computed where the timesteps are, because the
+        devices round them differently, and at t = 999 that shows.
+        """
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=timesteps.device)
         frequencies = torch.exp(-math.log(self.max_period) * exponents / self.num_frequencies)
         angles = timesteps[:, None].float() * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight))
 
 
 class ResidualBlock(nn.Module):

@@ -8,12 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+VARIANTS = 64  # of a function that are compiled: for None, for one row, for each number format, not for each size
+
 
 class Fused:
-    """A function that depends on its arguments alone, compiled at its first call, once for tensors of any size."""
+    """A function that depends on its arguments alone, compiled at its first calls for tensors of any size."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
+        torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
         self.compiled: Callable[..., Tensor] | None = torch.compile(function, dynamic=True)
 
     def __call__(self, *args) -> Tensor:

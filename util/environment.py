@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import socket
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -70,7 +71,10 @@ def describe(device: torch.device) -> dict[str, object]:
     """What has a say in how numbers are rounded: versions, and the GPU or the threads of each process."""
     packages = ("torchvision", "torch-fidelity", "numpy", "pillow")
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    found = {"torch": str(torch.__version__), **{name: version(name) for name in packages}}
+    found = {"torch": str(torch.__version__)}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):  # a benchmark needs no torch-fidelity
+            found[name] = version(name)
     return {**found, "python": platform.python_version(), "processor": processor}
 
 

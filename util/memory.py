@@ -13,9 +13,10 @@ from util.errors import InputError
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: those free on a GPU, all that a CPU has."""
+    """Bytes: those free on a GPU, with what PyTorch keeps for later use; all that a CPU has."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -53,7 +54,7 @@ def out_of_memory_explained(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        signs = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         raise InputError(
