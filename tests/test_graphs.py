@@ -82,6 +82,7 @@ def test_replayed_batches_are_those_of_the_plain_sampler(cfg: float, policy: Cac
         labels, noise = batch(seed, size)
         expected = sample_tokens(MODEL, labels, **settings, noise=noise)
         torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
+    assert sampler.record is OperationRecorder, "it has given up, and shows nothing"
 
 
 def test_only_the_second_batch_of_a_size_is_recorded() -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +104,8 @@ def _restore(checkpoint: Path, module: nn.Module, average: nn.Module, optimizer,
         module.load_state_dict(state["model"])
         average.load_state_dict(state["model_ema"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as error:
+        reason = (str(error) or "it ends too early").splitlines()[0]
         raise InputError(f"{checkpoint} is not of this training ({reason}): choose another --output_dir") from None
     if state["steps"] != steps:
         raise InputError(
