@@ -157,9 +157,9 @@ def generate(
         batch = run.known(number)
         batch.pixels = run.read_pixels(number)
         if batch.pixels is None:
-            size = len(run.indices(number))
-            first = made[size] < (1 if sampler.record is None else 2)  # where it can be, the second one is recorded
-            batch = Batch(number, run.indices(number), first=first, worker=environment.where(device))
+            indices = run.indices(number)
+            first = made[len(indices)] < (1 if sampler.record is None else 2)  # the second one is recorded if it can be
+            batch = Batch(number, indices, first=first, worker=environment.where(device))
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
                 noise = ImageNoise(model, options.seed, batch.indices, options.num_sampling_steps, device)
@@ -170,7 +170,7 @@ def generate(
                 check_finite(images, "decoded pixels", batch.indices)
                 batch.pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
             batch.sample_seconds, batch.decode_seconds = sampled - start, time.perf_counter() - sampled
-            made[size] += 1
+            made[len(indices)] += 1
         yield batch
 
 

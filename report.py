@@ -499,8 +499,8 @@ def _comparable(result: dict, baseline: dict) -> bool:
 # Words and numbers
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
 def against(own: float | None, paper: float | None, digits: int, star: str) -> str:
@@ -512,9 +512,9 @@ def against(own: float | None, paper: float | None, digits: int, star: str) -> s
     return text
 
 
-def spread(pair: Sequence[float], digits: int) -> str:
+def spread(pair: Sequence[float], digits: int, sign: str = "") -> str:
     value, error = pair
-    return number(value, digits) + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    return number(value, digits, sign) + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def distances(point: Point, base: Point | None, digits: int) -> str:
@@ -523,7 +523,7 @@ def distances(point: Point, base: Point | None, digits: int) -> str:
     if base in (None, point):
         return text
     more = difference(point.pixel_distance_by_group, base.pixel_distance_by_group)
-    return f"{text} ({more.value:+.2f}{'' if math.isnan(more.error) else f' ± {more.error:.2f}'})"
+    return f"{text} ({spread(more, 2, sign='+')})"
 
 
 def ablation_line(label: str, point: Point, base: Point | None = None) -> str:

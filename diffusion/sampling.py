@@ -133,14 +133,15 @@ class HeadSampler:
         schedule = NoiseSchedule.create(num_sampling_steps)
         # Per denoising step, in the order of use:
         embedding = head.time_embed(torch.tensor(schedule.timesteps[::-1]))  # [S, W]
-        self.time_embedding = {
-            kind: torch.stack([row for row, of in zip(embedding, kinds) if of == kind]) for kind in set(kinds)
+        # Per kind of step, the layers that modulate it and the embeddings of its steps:
+        self.modulated = {
+            kind: (self._modulation_layers(kind), torch.stack([row for row, of in zip(embedding, kinds) if of == kind]))
+            for kind in set(kinds)
         }
         columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
         coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4]
         self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]
 
-        self.modulation_layers = {kind: self._modulation_layers(kind) for kind in self.time_embedding}
         self.input_weight, self.input_bias = _weights(head.input_proj, dtype)
         self.output_layer = _weights(head.final_layer.linear, dtype)
         self.norms = [_weights(block.in_ln, dtype) for block in head.res_blocks]
@@ -165,7 +166,7 @@ class HeadSampler:
         num_tokens = noise.shape[1]
         modulations = {
             kind: Modulations(layers, times, condition if kind == HeadStep.FULL else condition[:num_tokens])
-            for (kind, layers), times in zip(self.modulation_layers.items(), self.time_embedding.values())
+            for kind, (layers, times) in self.modulated.items()
         }
         cache = HeadCache()
         x, draws = noise[0], iter(zip(self.coefficients, [*noise[1:-1], None]))

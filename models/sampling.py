@@ -435,12 +435,11 @@ class _Batches:
 
     def __init__(self, sampler: Sampler, size: int) -> None:
         self.size, self.head, self.record = size, sampler.head, sampler.record
-        transformer = Transformer(sampler.model, size, sampler.guided, sampler.cache)
+        self.transformer = Transformer(sampler.model, size, sampler.guided, sampler.cache)
         weight_dtype = sampler.model.mask_token.dtype
-        self.transformer = transformer
         # Without a reference to this object, which would outlive its last use in a cycle, with all its memory.
         self.steps: list[Callable[[Tensor], Tensor]] = [
-            partial(_conditions, transformer, step, weight_dtype) for step in sampler.plan
+            partial(_conditions, self.transformer, step, weight_dtype) for step in sampler.plan
         ]
         self.head_recorder: Recorder | None = None
         self.recorded_heads: dict[int, Recorded] = {}  # by the number of tokens, which several steps share

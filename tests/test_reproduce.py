@@ -203,6 +203,8 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert mean.value == values.mean() and mean.error == pytest.approx(values.std(ddof=1) / math.sqrt(200))
     assert square.error == pytest.approx(2 * mean.error)
     assert math.isnan(jackknife(lambda chosen: [1.0], np.zeros(5))[0].error)
+    assert np.bincount(groups_of_images(300, 10)).tolist() == [30] * 10
+    assert all(len(set(np.arange(300)[groups_of_images(300, 10) == group] % 10)) == 10 for group in range(10))
 
 
 def test_the_error_of_a_paired_difference_leaves_out_what_both_have_in_common():
@@ -210,8 +212,6 @@ def test_the_error_of_a_paired_difference_leaves_out_what_both_have_in_common():
     more = difference(common + np.arange(10) / 10, common)
     assert more == pytest.approx((0.45, np.std(np.arange(10) / 10, ddof=1) / math.sqrt(10)))
     assert math.isnan(difference([2.0], [1.0]).error) and difference([2.0], [1.0]).value == 1
-    assert np.bincount(groups_of_images(300, 10)).tolist() == [30] * 10
-    assert all(len(set(np.arange(300)[groups_of_images(300, 10) == group] % 10)) == 10 for group in range(10))
 
 
 def test_traced_features_are_the_networks():
