@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.linear import Linear
 
+NUM_FREQUENCIES, MAX_PERIOD = 128, 10000  # of the timesteps' sinusoids
 BIAS_OVER_SIGNAL = 10.0  # in a new head's first layer, see DiffusionHead.initialize_weights
 
 
@@ -16,26 +17,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x + shift, x, scale)
 
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of the original timestep (0..999), cosines first, through a two-layer MLP."""
+def timestep_sinusoids(timesteps: Tensor) -> Tensor:
+    """Cosines, then sines, of the original timesteps [N] (0..999) at 128 frequencies: [N, 256] float32.
 
-    num_frequencies = 128
-    max_period = 10000
+    Correctly rounded: angles are float32 products, as the weights were trained with, and their cosines and sines are
+    computed in float64 and rounded once. PyTorch's float32 functions would give values that differ from processor to
+    processor, and the first of 100 denoising steps multiplies such a difference by 316.
+    """
+    exponents = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=timesteps.device)
+    exponents = -math.log(MAX_PERIOD) * exponents / NUM_FREQUENCIES
+    frequencies = exponents.double().exp().float()
+    angles = (timesteps[:, None].float() * frequencies).double()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the original timestep (0..999) through a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Embeddings [N, width] of `timesteps` [N], on the weights' device.
-
-        The sinusoids are float32, as the weights were trained; they are computed where the timesteps are, because the
-        devices round them differently, and at t = 999 that shows.
-        """
-        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=timesteps.device)
-        frequencies = torch.exp(-math.log(self.max_period) * exponents / self.num_frequencies)
-        angles = timesteps[:, None].float() * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight))
+        """Embeddings [N, width] of `timesteps` [N], on the weights' device."""
+        return self.mlp(timestep_sinusoids(timesteps).to(self.mlp[0].weight))
 
 
 class ResidualBlock(nn.Module):
