@@ -24,6 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from diffusion.schedule import respaced_timesteps
 from models import (
     MAR,
     PRESETS,
@@ -36,14 +37,16 @@ from models import (
     sample_tokens,
 )
 from models.flops import Flops, count_decoding_flops
+from models.plan import make_plan
 from models.vae import for_inference
-from util.environment import DTYPES, choose_device, describe, processor_name
+from util.environment import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.images import decode
 from util.latency import random_model, timed
 
 METHODS = {"baseline": None, "LazyMAR": CachePolicy()}
+SLOW_PRODUCT_SECONDS = 0.1  # no larger ones are timed then
 GPU_WARMUPS = 2  # the first batch runs as it stands, the second is recorded
 # On a CPU weights are packed at their first use: a short run has every kind of step.
 CPU_WARMUP = {"num_iter": 8, "num_sampling_steps": 8}
@@ -69,11 +72,14 @@ class Measurement:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of large square matrix products, the best of a few."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    seconds = min(timed(lambda: a @ b, device) for _ in range(8))
-    return 2 * size**3 / seconds
+    """FLOP/s of large square matrix products, the best of a few: smaller ones where the dtype makes these slow."""
+    size, largest = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        seconds = min(timed(lambda a=a, b=b: a @ b, device) for _ in range(8))
+        if size == largest or seconds > SLOW_PRODUCT_SECONDS:
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 @torch.inference_mode()
@@ -243,7 +249,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--num_iter", nargs="+", type=int, default=[64], metavar="N", help="autoregressive steps")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES), metavar="DTYPE")
+    parser.add_argument("--dtypes", nargs="+", default=["auto"], choices=("auto", *DTYPES), metavar="DTYPE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="fuse the head's small operations with torch.compile")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
@@ -270,20 +276,25 @@ def main(argv: list[str] | None = None) -> None:
         titles, results = zip(*map(read, args.join))
         plot([result for some in results for result in some], titles[0], args.plot)
         return
+    try:
+        respaced_timesteps(args.num_sampling_steps)
+        for name, num_iter in product(args.models, args.num_iter):
+            with torch.device("meta"):
+                shapes = create_model(name)
+            make_plan(shapes.seq_len, shapes.buffer_size, num_iter, PRESETS[name].cfg, "linear", None)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
     device = choose_device(args.device)
     environment, results = describe(device), []
     title = f"{processor_name(device)}, PyTorch {environment['torch']}{', head compiled' * args.compile}"
     print(f"{title}; random weights; FLOPs: encoder + decoder + head")
-    for dtype in args.dtypes:
+    for dtype in dict.fromkeys(dtype_name(choose_dtype(name, device)) for name in args.dtypes):  # each once
         rate = matmul_rate(device, DTYPES[dtype])
         print(f"{dtype}: matrix products at {rate / 1e12:.2f} TFLOP/s")
         for name in args.models:
             model = random_model(name, device, DTYPES[dtype])
             for batch_size, num_iter in product(args.batch_sizes, args.num_iter):
-                try:
-                    pair = measure(model, name, batch_size, num_iter, dtype, args, rate)
-                except ValueError as error:
-                    raise InputError(f"--{error}") from None
+                pair = measure(model, name, batch_size, num_iter, dtype, args, rate)
                 results += pair
                 print(table(pair), flush=True)
                 if args.output:

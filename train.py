@@ -8,7 +8,6 @@ Another model needs an entry in `models/presets.py` and a folder of images, one 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import Preset
 from util.checkpoint import load_weights, save_safetensors
 from util.classifier import CLASSIFIER_PATH, train_classifier
-from util.environment import choose_device
+from util.environment import ROOT, choose_device, mixed_precision
 from util.errors import InputError, exits_cleanly
 from util.fashion import load_fashion_mnist
 from util.scoring import Statistics, load_extractor
@@ -63,10 +62,6 @@ def load_images(data: str, size: int) -> tuple[Tensor, Tensor]:
 def to_float(images: Tensor) -> Tensor:
     """uint8 pixels to [-1, 1]."""
     return images.float() / 127.5 - 1
-
-
-def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 # The VAE
@@ -140,7 +135,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     if labels.max() >= model.class_num:
         raise InputError(f"--data {args.data} has {labels.max() + 1} classes, but {args.model} has {model.class_num}")
     vae = AutoencoderKL(**preset.vae)
-    load_weights(vae, args.vae_path or preset.vae_path, what="VAE")
+    load_weights(vae, args.vae_path or ROOT / preset.vae_path, what="the VAE")
     moments = encode_images(vae.to(device).eval(), images).to(device) * model.latent_scale
     labels = labels.to(device)
     head_loss = HybridLoss(device)

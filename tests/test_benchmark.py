@@ -53,11 +53,13 @@ def test_decoding_costs_what_the_method_says():
     [
         (["--batch_sizes", "0"], "--batch_sizes"),
         (["--num_iter", "300", "--models", "mar_tiny"], "--num_iter"),
+        (["--num_sampling_steps", "1001"], "--num_sampling_steps"),
         (["--plot", "speed.txt"], "--plot"),
         (["--join", "nowhere.json", "--plot", "speed.png"], "nowhere.json"),
         (["--join", "nowhere.json"], "--plot"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, named, capsys):
+def test_bad_input_is_one_sentence_before_any_work(arguments, named, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_rate", None)
     assert benchmark.main(arguments) == 2
     assert named in capsys.readouterr().err

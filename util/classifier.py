@@ -14,6 +14,7 @@ from torch import nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from util.checkpoint import load_weights, save_safetensors
+from util.environment import mixed_precision
 from util.errors import InputError
 from util.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
 from util.training import fit
@@ -155,7 +156,7 @@ def train_classifier(
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(images), (batch_size,), generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             _, logits = classifier(_flip_and_shift(images[chosen], generator))
         return F.cross_entropy(logits.float(), labels[chosen], label_smoothing=0.05)
 

@@ -35,18 +35,35 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A key of `DTYPES`, or "auto": bfloat16 on GPUs and on CPUs that are made for it, float32 on others."""
+    """A key of `DTYPES`, or "auto": bfloat16 on GPUs and on CPUs that compute in it, float32 on others."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" or cpu_has_bfloat16_units() else "float32"
+        name = "bfloat16" if device.type == "cuda" or cpu_computes_in_bfloat16() else "float32"
     return DTYPES[name]
 
 
-def cpu_has_bfloat16_units() -> bool:
-    """Whether the CPU has matrix units for bfloat16 (Intel's AMX), which are several times faster than float32."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's key in `DTYPES`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_computes_in_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 matmuls, and PyTorch uses them: they are faster than float32's then,
+    and many times slower otherwise.
+
+    They are AMX (Intel), AVX512-BF16 (AMD and Intel), or Arm's bf16 extension. PyTorch says so itself; where it does
+    not, as versions before 2.5 do not for x86, the answer is no.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    # On x86 oneDNN has bfloat16 matmuls for every AVX-512, but without these it converts to float32 and back.
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Training in bfloat16 where it is faster, and in float32 where it is not."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype("auto", device) == torch.bfloat16)
 
 
 def where(device: torch.device) -> str:
@@ -56,33 +73,30 @@ def where(device: torch.device) -> str:
 
 
 def processor_name(device: torch.device) -> str:
-    """The GPU, or the CPU and how many threads of it are used."""
+    """The GPU; or the CPU, how many threads of it are used, and the instructions that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        name = next(name for name in names if "CPU" in name or "Processor" in name)
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # not Linux, or an Arm that does not tell
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return f"{torch.get_num_threads()} threads of {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def describe(device: torch.device) -> dict[str, object]:
-    """What has a say in how numbers are rounded: versions, and the GPU or the threads of each process."""
-    packages = ("torchvision", "torch-fidelity", "numpy", "pillow")
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+def describe(device: torch.device) -> dict[str, str]:
+    """What has a say in how numbers are rounded: versions, the code's digest, the GPU or each process's CPU threads."""
     found = {"torch": str(torch.__version__)}
-    for name in packages:
+    for name in ("torch-fidelity", "numpy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):  # a benchmark needs no torch-fidelity
             found[name] = version(name)
-    return {**found, "python": platform.python_version(), "processor": processor}
+    return {**found, "python": platform.python_version(), "processor": processor_name(device), "code": code_digest()}
 
 
 def code_digest() -> str:
-    """Changes whenever the code that makes images does."""
+    """Changes whenever the code that makes images does, be it by a comment."""
     digest = hashlib.sha256()
-    for file in sorted([*ROOT.glob("models/*.py"), *ROOT.glob("diffusion/*.py")]):
-        digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted([*ROOT.glob("models/**/*.py"), *ROOT.glob("diffusion/*.py")]):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
