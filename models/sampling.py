@@ -23,6 +23,10 @@ from models.graphs import CudaRecorder, Recorded, Recorder, RecordingError
 from models.mar import MAR, Block
 from models.plan import CachePolicy, Step, make_plan
 
+# Raised by hand when the same settings, weights and seed come to give other images, by more than rounding: a run that
+# was begun with another version is then not continued. `tests/test_sampling.py` holds fingerprints that tell when.
+SAMPLER_VERSION = 1
+
 Rows = Union[slice, Tensor]  # rows of [B, R, D]: the same slice for all B, or flat numbers (b * R + row), B * n of them
 
 

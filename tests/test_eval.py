@@ -244,6 +244,17 @@ def test_other_settings_are_refused_unless_the_run_is_given_up(copy, command, ca
     assert len(images(copy)) == NUM_IMAGES and not set(images(copy).values()) & set(images(whole).values())
 
 
+def test_a_run_goes_on_after_the_code_was_edited(copy, command, capsys, monkeypatch, whole):
+    (copy / "images" / "000003.png").unlink()
+    monkeypatch.setattr("util.environment.code_digest", lambda: "edited")
+    assert run(command(copy)) == 0
+    assert "may be rounded differently (code " in capsys.readouterr().out
+    assert_same(copy, whole)
+    monkeypatch.setattr("util.options.SAMPLER_VERSION", 2)
+    assert run(command(copy)) == 2
+    assert "a run of version 1 of the sampler, and version 2 makes other images" in capsys.readouterr().err
+
+
 def test_a_restart_by_torchrun_does_not_overwrite_again(copy, command, monkeypatch, whole):
     again = command(copy, "--overwrite")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")

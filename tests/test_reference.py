@@ -1,6 +1,6 @@
 """The sampler against tensors recorded in float64 from the authors' implementation (MIT, commit 6c65efa).
 
-Their time embedding's sinusoids were correctly rounded to float32, as ours are: a difference of one ulp there shows as 5e-5 here.
+The time embedding's sinusoids were correctly rounded to float32, as ours are: one ulp more or less shows as 5e-5 here.
 `data/model.safetensors` is a small MAR of the paper's geometry; `data/case_*.npz` hold a run's settings, its orders,
 the conditions `z_<step>` and the latents. Noise is made from the case's and the step's name.
 """

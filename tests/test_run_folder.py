@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from pathlib import Path
 
@@ -57,6 +58,33 @@ def test_other_settings_are_named(run):
         prepare(run.path, {**SETTINGS, "seed": 1, "cache": {"start_step": 4}})
     with pytest.raises(InputError, match=r"class_labels \[1, 2\] there, \[2, 1\] now"):
         prepare(run.path, {**SETTINGS, "class_labels": (2, 1)})
+
+
+def test_a_run_of_another_version_of_the_sampler_is_refused(run):
+    with pytest.raises(InputError, match=r"version 1 of the sampler, and version 2 makes other images: finish it with"):
+        prepare(run.path, {**SETTINGS, "sampler_version": 2})
+    prepare(run.path, {**SETTINGS, "sampler_version": 1})
+
+
+def test_changed_code_is_said_and_the_run_goes_on(run, capsys):
+    for before, now in (("abc", "def"), ("abc", "abc")):
+        (run.path / "run.json").write_text(json.dumps({"settings": SETTINGS, "environment": {"code": before}}))
+        prepare(run.path, SETTINGS)
+        assert run.begin(SETTINGS, {"code": now}) == [1]
+        assert ("rounded differently (code abc there, def now)" in capsys.readouterr().out) == (before != now)
+
+
+@pytest.mark.parametrize("code", [{"code": "abc"}, {}])
+def test_a_run_from_before_there_were_versions_goes_on_as_the_first_one(run, capsys, code):
+    written = json.dumps({"settings": {**SETTINGS, **code}, "environment": {"torch": "2"}})
+    (run.path / "run.json").write_text(written)
+    settings = {**SETTINGS, "sampler_version": 1}
+    prepare(run.path, settings)
+    assert run.begin(settings, {"torch": "2", "code": "def"}) == [1]
+    assert f"code {code.get('code', 'unknown')} there, def now" in capsys.readouterr().out
+    assert (run.path / "run.json").read_text() == written, "how the run began is lost"
+    with pytest.raises(InputError, match="version 1 of the sampler"):
+        prepare(run.path, {**SETTINGS, "sampler_version": 2})
 
 
 def test_a_folder_without_a_finished_batch_takes_new_settings(run):

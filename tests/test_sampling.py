@@ -8,6 +8,7 @@ import math
 from itertools import product
 
 import naive
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -281,6 +282,52 @@ def test_patchify_takes_tokens_row_by_row_with_channels_first() -> None:
     assert tokens.shape == (2, 16, 16)
     assert torch.equal(tokens[1, 6], latents[1, :, 2:4, 4:6].flatten())  # second row of tokens, third column
     assert torch.equal(model.unpatchify(tokens), latents)
+
+
+# The sampler's version
+
+
+class SameNoiseEverywhere:
+    """The orders of `ImageNoise`, and draws by NumPy, whose bits do not depend on the processor."""
+
+    def __init__(self) -> None:
+        self.orders = ImageNoise(MODEL, 5, range(2), SETTINGS["num_sampling_steps"]).orders
+
+    def draw(self, step: int, num_tokens: int) -> Tensor:
+        shape = SETTINGS["num_sampling_steps"] + 1, 2, num_tokens, MODEL.token_dim
+        return torch.from_numpy(np.random.RandomState(step).standard_normal(shape))
+
+
+FINGERPRINTS = {
+    "baseline": [
+        [47474.51061662, 276315.5867361, -264633.1283168, 28185.11460844],
+        [154925.7122003, -15098.93278632, -23733.29127176, -134182.8111477],
+    ],
+    "lazy": [
+        [76654.28116559, 287930.8542928, -306583.4239424, 40086.42128661],
+        [100533.1826482, 25516.36274294, -34358.12363386, -176269.8738519],
+    ],
+}
+IMAGES_CHANGE = (
+    "the same settings and seed give other images: if they differ by more than rounding, raise SAMPLER_VERSION in "
+    "models/sampling.py, so that no run is continued with other images; then put the new numbers here"
+)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [*zip([None, CachePolicy()], FINGERPRINTS.values())], ids=FINGERPRINTS)
+def test_images_change_with_the_samplers_version_alone(policy: CachePolicy | None, expected: list) -> None:
+    latents = sample_tokens(MODEL, LABELS[:2], **SETTINGS, cache=policy, noise=SameNoiseEverywhere())
+    fingerprint = latents.flatten(2) @ torch.arange(64).double().cos()  # [images, channels]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(fingerprint, expected, rtol=1e-9, atol=0, msg=IMAGES_CHANGE)
+
+
+def test_noise_changes_with_the_samplers_version_alone() -> None:
+    noise = ImageNoise(create_model("mar_tiny"), 3, [0, 41], 100)
+    assert noise.orders[:, :6].tolist() == [[91, 92, 140, 43, 211, 131], [147, 169, 48, 53, 19, 160]], IMAGES_CHANGE
+    values = noise.draw(2, 5).flatten(2)[[0, 7, 100], :, 3].flatten().tolist()
+    expected = [-0.208578, 0.235960, 0.770916, 0.354436, -1.382423, -0.825951]
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5, msg=IMAGES_CHANGE)  # rounding is the processor's
 
 
 # Bad arguments

@@ -13,7 +13,8 @@ import torch
 
 from models import MAR, PRESETS, CachePolicy, Preset, create_model
 from models.plan import CFG_SCHEDULES, make_plan
-from util.environment import DTYPES, ROOT, code_digest
+from models.sampling import SAMPLER_VERSION
+from util.environment import DTYPES, ROOT, dtype_name
 from util.errors import InputError
 from util.flags import Parser, add_policy_flags, numbers, read_policy
 
@@ -65,11 +66,11 @@ class Options:
         return {
             **{name: getattr(self, name) for name in [*names, "num_sampling_steps", "seed"]},
             "device": device.type,
-            "dtype": str(dtype).rpartition(".")[2],
+            "dtype": dtype_name(dtype),
             "compile": self.compile,
             "lazy_mar": self.cache is not None,
             "cache": dataclasses.asdict(self.cache) if self.cache else {},
-            "code": code_digest(),
+            "sampler_version": SAMPLER_VERSION,
         }
 
 

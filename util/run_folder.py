@@ -84,13 +84,14 @@ class RunFolder:
     def begin(self, settings: dict, environment: dict) -> list[int]:
         """Write `run.json` if it is new, clear away what a killed process left, and return the unfinished batches.
 
-        Prints it if the environment (versions, kind of GPU) is another than that in which the run began.
+        Prints it if the environment (versions, code, processor) is another than that in which the run began.
         Raises InputError if there is no room for what is missing.
         """
-        if _read(self.path, "settings") != _flat(settings):
+        there, began = _read(self.path)
+        if not there or _differences(there, settings):  # there is no run, or none that has finished a batch
             content = {"settings": settings, "environment": environment, "begun_by": launch_name()}
             self.write("run.json", json.dumps(content, indent=2).encode())
-        elif changed := _differences(_read(self.path, "environment"), environment):
+        elif changed := _differences(began, environment):
             print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
         for folder in (self.path, self.path / "images", self.path / "batches"):
             for file in folder.glob("*.partial"):
@@ -208,12 +209,19 @@ def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
                     file.unlink()
     except OSError as error:
         raise InputError(f"cannot write to --output_dir {path}: {error.strerror}") from error
-    differences = _differences(_read(path, "settings"), settings)
+    there, _ = _read(path)
+    differences = _differences(there, settings)
     if differences and any((path / "batches").glob("*.npz")):
+        way_out = "choose another --output_dir, or give --overwrite to delete that run"
+        version = there["sampler_version"]
+        if version != settings.get("sampler_version", version):
+            raise InputError(
+                f"{path} holds a run of version {version} of the sampler, and version {settings['sampler_version']} "
+                f"makes other images: finish it with the code that began it, {way_out}"
+            )
         more = f"; {len(differences) - 4} more" if len(differences) > 4 else ""
         raise InputError(
-            f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): choose another "
-            "--output_dir, or give --overwrite to delete that run"
+            f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): give those, {way_out}"
         )
 
 
@@ -221,15 +229,20 @@ def _text(file: Path) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
-def _read(path: Path, part: str) -> dict:
-    """A part of `run.json`, flat; empty if there is no such file."""
+def _read(path: Path) -> tuple[dict, dict]:
+    """Settings and environment of `run.json`, each flat; empty if there is no such file."""
     file = path / "run.json"
     try:
-        return _flat(json.loads(file.read_text())[part])
+        content = json.loads(file.read_text())
+        settings, environment = _flat(content["settings"]), _flat(content["environment"])
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error!r}): give --overwrite to delete that run") from None
+    if "sampler_version" not in settings:  # written when a digest of the code stood in its place
+        settings["sampler_version"] = 1
+        environment.setdefault("code", settings.pop("code", "unknown"))
+    return settings, environment
 
 
 def _is_foreign(path: Path) -> bool:
