@@ -27,10 +27,10 @@ from models import (
     ImageNoise,
     Sampler,
     cast_model,
-    count_flops,
     create_model,
     pack_linear_layers,
 )
+from models.flops import Flops, flops_per_step
 from models.vae import for_inference
 from util import environment
 from util.checkpoint import LoadedWeights, load_weights
@@ -39,11 +39,11 @@ from util.errors import InputError
 from util.images import contact_sheet, decode, encode_png, to_uint8
 from util.memory import check_memory, out_of_memory_explained
 from util.options import Options, check, parse_options
-from util.progress import Progress
+from util.progress import Progress, StepProgress
 from util.run_folder import Batch, RunFolder, prepare
 from util.scoring import FEATURES_DIMS, Extractor, Statistics, load_extractor, score
 from util.threads import Writers, map_images
-from util.watch import command_line
+from util.watch import command_line, nothing
 
 SHEET_IMAGES = 80  # on the contact sheet: 8 of each class where there are 10
 VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
@@ -62,9 +62,7 @@ def evaluate(job: Job, options: Options) -> dict:
     device = environment.choose_device(options.device, job.local_rank)
     dtype = environment.choose_dtype(options.dtype, device)
     if device.type == "cpu" and dtype.itemsize == 2 and not environment.cpu_computes_in_bfloat16():
-        job.print0(
-            f"note: this processor has no instructions for {options.dtype}: --dtype float32 is many times faster"
-        )
+        job.print0(f"note: this processor does not compute in {options.dtype}: --dtype float32 is many times faster")
     settings = options.settings(device, dtype)
     kind = options.preset.features
     reference = Statistics.load(options.statistics, FEATURES_DIMS[kind]) if options.score else None
@@ -83,13 +81,21 @@ def evaluate(job: Job, options: Options) -> dict:
         saved=lambda index: options.save_images or index < SHEET_IMAGES,
     )
 
+    flops = flops_per_step(
+        options.shape,
+        num_iter=options.num_iter,
+        cfg=options.cfg,
+        num_sampling_steps=options.num_sampling_steps,
+        cache=options.cache,
+    )
+
     def begin() -> list[int]:
         settings.update({f"sha256 of {name}": loaded.sha256() for name, loaded in weights.items()})
         prepare(options.output_dir, settings)
         return run.begin(settings, environment.describe(device))
 
     def finish() -> dict:
-        metrics = summarise(run, options, reference, extractor)
+        metrics = summarise(run, options, Flops.of_steps(flops), reference, extractor)
         metrics.update(settings=settings, environment=environment.describe(device))
         write_sheet(run, options)
         run.write("metrics.json", json.dumps(metrics, indent=2).encode())
@@ -101,7 +107,7 @@ def evaluate(job: Job, options: Options) -> dict:
         job.print0(f"{run.path}: {done:,} of {run.num_images:,} images are there")
         if options.class_labels is None and options.num_images % options.shape.class_num:
             job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
-        batches = generate(job.claim(unfinished), run, model, vae, options)
+        batches = generate(job, unfinished, run, model, vae, options, flops)
         save(job, add_features(batches, extractor), run, done)
         return job.share(finish)
 
@@ -141,9 +147,18 @@ def load_models(
 
 
 def generate(
-    numbers: Iterable[int], run: RunFolder, model: MAR, vae: AutoencoderKL, options: Options
+    job: Job,
+    unfinished: list[int],
+    run: RunFolder,
+    model: MAR,
+    vae: AutoencoderKL,
+    options: Options,
+    flops: list[Flops],
 ) -> Iterator[Batch]:
-    """Make the images of each batch, unless all of them are there and only its record was lost."""
+    """Make the images of each batch that this rank claims, unless all are there and only its record was lost.
+
+    `flops` are those of each step, by which the job's watch is told how far a batch is.
+    """
     device, labels = model.mask_token.device, torch.tensor(options.labels())
     made = Counter()  # batches, by their size
     sampler = Sampler(
@@ -157,7 +172,7 @@ def generate(
         cuda_graphs=options.cuda_graphs,
         compile=options.compile,
     )
-    for number in numbers:
+    for number in job.claim(unfinished):
         batch = run.known(number)
         batch.pixels = run.read_pixels(number)
         if batch.pixels is None:
@@ -166,8 +181,10 @@ def generate(
             batch = Batch(number, indices, first=first, worker=environment.where(device))
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
-                noise = ImageNoise(model, options.seed, batch.indices, options.num_sampling_steps, device)
-                latents = sampler(labels[batch.indices.start : batch.indices.stop], noise)
+                noise = ImageNoise(model, options.seed, indices, options.num_sampling_steps, device)
+                steps = StepProgress(len(indices), [step.total for step in flops], device)
+                job.watch.under_way = steps.images
+                latents = sampler(labels[indices.start : indices.stop], noise, steps)
                 check_finite(latents, "latents", batch.indices)  # waits for the device
                 sampled = time.perf_counter()
                 images = decode(vae, latents / model.latent_scale)
@@ -215,6 +232,7 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
     with Progress(run.num_images, done, enabled=job.rank == 0) as progress, Writers() as writers:
         job.watch.on_tick = lambda: progress.update(done + job.watch.all_done())
         for batch in batches:
+            job.watch.under_way = nothing
             writers.submit(write, batch)
         writers.flush()
         print(f"rank {job.rank}: {job.watch.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
@@ -225,7 +243,9 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
 # When all are made
 
 
-def summarise(run: RunFolder, options: Options, reference: Statistics | None, extractor: Extractor | None) -> dict:
+def summarise(
+    run: RunFolder, options: Options, flops: Flops, reference: Statistics | None, extractor: Extractor | None
+) -> dict:
     """Score a run, print a short table, and return the numbers by name."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while lost := run.unfinished():
@@ -233,13 +253,6 @@ def summarise(run: RunFolder, options: Options, reference: Statistics | None, ex
             raise InputError(f"{run.path} has lost the batches {lost}; this makes them again: {command_line()}")
         time.sleep(1)
     batches = [run.read(number) for number in run.batch_numbers()]
-    flops = count_flops(
-        options.shape,
-        num_iter=options.num_iter,
-        cfg=options.cfg,
-        num_sampling_steps=options.num_sampling_steps,
-        cache=options.cache,
-    )
     metrics = {"num_images": run.num_images, "flops_per_image": flops.total, "flops_by_part": flops._asdict()}
     table = [f"images           {run.num_images:,} of {options.model}{', LazyMAR' * bool(options.cache)}"]
     if extractor is not None:

@@ -369,25 +369,32 @@ class Sampler:
         )
         self.batches: _Batches | None = None  # of the size seen last
 
-    def __call__(self, class_labels: Tensor, noise: Noise | None = None) -> Tensor:
+    def __call__(
+        self,
+        class_labels: Tensor,
+        noise: Noise | None = None,
+        on_step: Callable[[Step], object] | None = None,
+    ) -> Tensor:
         """Latents [B, C, h, w] for classes [B], at unit scale (`model.latent_scale` times the VAE's).
 
         float64 for a float64 model, otherwise float32. `noise` is the source of randomness: `ImageNoise` of seed 0 and
-        images 0..B-1 if None. Raises ValueError for an argument of the wrong shape or range, naming it.
+        images 0..B-1 if None. `on_step` is called with each step once it has been handed to the device. Raises
+        ValueError for an argument of the wrong shape or range, naming it.
         """
         try:
-            return self._sample(class_labels, noise)
+            return self._sample(class_labels, noise, on_step)
         except RecordingError as error:
             warnings.warn(f"CUDA graphs are not used, because recording them failed: {error}", stacklevel=2)
         self.record, self.batches = None, None
-        return self._sample(class_labels, noise)
+        return self._sample(class_labels, noise, on_step)
 
-    def _sample(self, class_labels: Tensor, noise: Noise | None) -> Tensor:
+    def _sample(self, class_labels: Tensor, noise: Noise | None, on_step: Callable[[Step], object] | None) -> Tensor:
         side = self.model.grid_size * self.model.patch_size
         shape = (len(class_labels), self.model.vae_embed_dim, side, side)
         latents = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for _ in self.steps(class_labels, noise, latents):
-            pass
+        for sampled in self.steps(class_labels, noise, latents):
+            if on_step is not None:
+                on_step(sampled.step)
         return latents
 
     def steps(self, class_labels: Tensor, noise: Noise | None, latents: Tensor) -> Iterator[SampledStep]:

@@ -298,7 +298,7 @@ def test_a_second_signal_stops_at_once(tmp_path, command):
         tmp_path / "log",
     )
     wait_until(lambda: "0 of 24 images are there" in job.log.read_text() if job.log.exists() else False)
-    time.sleep(1)
+    wait_until(lambda: "s per image, about " in job.log.read_text())  # it moves by steps
     job.signal(signal.SIGTERM)
     time.sleep(1.5)
     assert job.processes[0].is_alive()

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from models.plan import Step
 from util.distributed import Job, Stopped, launch
 from util.errors import InputError
 from util.images import contact_sheet, to_uint8
-from util.progress import Progress
+from util.progress import Progress, StepProgress
 from util.run_folder import Batch, RunFolder, prepare
 from util.threads import Writers, map_images
 
@@ -183,16 +184,87 @@ def test_writers_are_bounded_and_report_what_went_wrong():
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
-    with Progress(1000, 200, line_seconds=0) as progress:
+    with Progress(1000, 200, first_line=0) as progress:
         progress.update(200)
-        progress.update(600)
+        progress.update(600.25)
+        progress.update(600)  # a batch is counted nowhere for a moment
+        progress.update(2000)
     progress.update(700)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["200 of 1,000 images"] * 2 and len(lines) == 3
-    assert lines[2].startswith("600 of 1,000 images, ") and lines[2].endswith(" images/s, 00:00 left")
-    with Progress(1000, enabled=False, line_seconds=0) as progress:
+    assert lines[0] == "200 of 1,000 images, the first step is not finished after 00:00" and len(lines) == 4
+    for line, done in zip(lines[1:], ("600.2", "600.2", "1,000")):
+        assert line.startswith(f"{done} of 1,000 images, ") and line.endswith(" images/s, about 00:00 left")
+    with Progress(1000, enabled=False, first_line=0) as progress:
         progress.update(5)
     assert not capsys.readouterr().err
+
+
+def test_the_time_between_two_lines_doubles_up_to_a_minute(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with Progress(1000) as progress:
+        for second in range(400):
+            clock[0] = float(second)
+            progress.update(second / 2)
+            if capsys.readouterr().err:
+                clock.append(second)
+    assert clock[1:] == [5, 15, 35, 75, 135, 195, 255, 315, 375]
+
+
+def test_a_slow_rate_is_seconds_per_image(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with Progress(80) as progress:
+        clock[0] = 8.0
+        progress.update(2.5)
+    assert capsys.readouterr().err == "2.5 of 80 images, 3.20 s per image, about 04:08 left\n"
+
+
+def test_progress_in_a_terminal_shows_parts_of_images(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress(2000, 500) as progress:
+        progress.update(1250.26)
+    assert " 63%|" in (shown := capsys.readouterr().err) and "1,250.3 of 2,000 images [" in shown
+
+
+STEPS = [Step(index, index, index + 1, 0, 1.0, True, 1, 1) for index in range(3)]
+
+
+def test_a_batch_moves_by_the_share_of_each_steps_flops():
+    steps = StepProgress(20, [100, 300, 600], torch.device("cpu"))
+    assert steps.images() == 0
+    shown = []
+    for step in STEPS:
+        steps(step)
+        shown.append(steps.images())
+    assert shown == pytest.approx([2, 8, 20])
+
+
+def test_on_a_gpu_a_step_counts_once_the_device_has_done_it(monkeypatch):
+    recorded = []
+
+    class Event:
+        has_come_to_pass = False
+
+        def record(self) -> None:
+            recorded.append(self)
+
+        def query(self) -> bool:
+            if self.has_come_to_pass is None:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return self.has_come_to_pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    steps = StepProgress(10, [1, 1, 2], torch.device("cuda"))
+    for step in STEPS:
+        steps(step)
+    assert steps.images() == 0 and len(recorded) == 3
+    recorded[0].has_come_to_pass = recorded[1].has_come_to_pass = True
+    assert steps.images() == 5
+    recorded[2].has_come_to_pass = None
+    assert steps.images() == 5
+    recorded[2].has_come_to_pass = True
+    assert steps.images() == 10
 
 
 def test_a_job_of_one_needs_no_launcher(monkeypatch):

@@ -47,11 +47,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def cpu_computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 matmuls, and PyTorch uses them: they are faster than float32's then,
-    and many times slower otherwise.
+    """Whether the CPU has instructions for bfloat16 matmuls, and PyTorch uses them.
 
-    They are AMX (Intel), AVX512-BF16 (AMD and Intel), or Arm's bf16 extension. PyTorch says so itself; where it does
-    not, as versions before 2.5 do not for x86, the answer is no.
+    Then they are faster than float32's; otherwise they are many times slower. The instructions are AMX (Intel),
+    AVX512-BF16 (AMD and Intel), or Arm's bf16 extension. PyTorch says so itself; where it does not, as versions before
+    2.5 do not for x86, the answer is no.
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False

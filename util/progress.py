@@ -1,12 +1,56 @@
-"""How far a run is: a bar in a terminal, a line a minute elsewhere."""
+"""How far a run is: a bar in a terminal, a line now and then elsewhere; within a batch it moves by steps."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate
 
+import torch
 from tqdm import tqdm
+
+from models.plan import Step
+
+FIRST_LINE, MOST_BETWEEN_LINES = 5.0, 60.0  # seconds; the time between two lines doubles from one to the other
+BAR = "{percentage:3.0f}%|{bar}| {n:,.1f} of {total:,} images [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+class StepProgress:
+    """How far a batch is, told of each step once it has been handed to the device.
+
+    A step counts by its share of the FLOPs. A GPU is behind the program, so there it counts once an event after it has
+    come to pass; nobody waits for that.
+
+    Args:
+        num_images:     of the batch.
+        flops_per_step: of each of its steps.
+        device:         where it is sampled.
+    """
+
+    def __init__(self, num_images: int, flops_per_step: Sequence[int], device: torch.device) -> None:
+        self._images = [num_images * flops / sum(flops_per_step) for flops in accumulate(flops_per_step)]
+        self._device = device
+        self._handed: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._done = 0.0
+
+    def __call__(self, step: Step) -> None:
+        if self._device.type != "cuda":
+            self._done = self._images[step.index]
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._handed.append((event, step.index))
+
+    def images(self) -> float:
+        """How many images the steps done so far amount to. For any thread."""
+        with contextlib.suppress(RuntimeError):  # what has gone wrong on the device is reported where it is used
+            while self._handed and self._handed[0][0].query():
+                self._done = self._images[self._handed.popleft()[1]]
+        return self._done
 
 
 class Progress:
@@ -15,26 +59,30 @@ class Progress:
     `update` may be called as often as one likes. Nothing is shown where `enabled` is False.
     """
 
-    def __init__(self, total: int, done: int = 0, *, enabled: bool = True, line_seconds: float = 60.0) -> None:
-        self._enabled, self._total, self._initial = enabled, total, done
-        self._start = self._last_line = time.monotonic()
-        self._line_seconds = line_seconds
+    def __init__(self, total: int, done: int = 0, *, enabled: bool = True, first_line: float = FIRST_LINE) -> None:
+        self._enabled, self._total, self._initial, self._done = enabled, total, done, done
+        self._start = time.monotonic()
+        self._next_line, self._line_seconds = self._start + first_line, first_line
         self._bar, self._lock = None, threading.Lock()
         if enabled and sys.stderr.isatty():
             # smoothing=0: the mean over the session, since batches of all ranks come in bursts.
-            self._bar = tqdm(total=total, initial=done, unit="image", smoothing=0, dynamic_ncols=True)
-        elif enabled:
-            self._print_line(done)
+            style = {"unit": "image", "smoothing": 0, "dynamic_ncols": True, "bar_format": BAR}
+            self._bar = tqdm(total=total, initial=done, **style)
 
-    def update(self, done: int) -> None:
-        """Show that `done` images are done, those of earlier sessions included. For another thread to call."""
+    def update(self, done: float) -> None:
+        """Show that `done` images are done, those of earlier sessions included. For another thread to call.
+
+        Never goes back: between its last step and its files a batch is counted nowhere for a moment.
+        """
         with self._lock:
+            self._done = min(max(self._done, done), self._total)
             if self._bar is not None:
-                self._bar.n = done
+                self._bar.n = self._done
                 self._bar.refresh()
-            elif self._enabled and time.monotonic() - self._last_line >= self._line_seconds:
-                self._last_line = time.monotonic()
-                self._print_line(done)
+            elif self._enabled and time.monotonic() >= self._next_line:
+                self._line_seconds = min(2 * self._line_seconds, MOST_BETWEEN_LINES)
+                self._next_line = time.monotonic() + self._line_seconds
+                self._print_line()
 
     def __enter__(self) -> Progress:
         return self
@@ -45,9 +93,13 @@ class Progress:
                 self._bar.close()
             self._enabled, self._bar = False, None
 
-    def _print_line(self, done: int) -> None:
-        line = f"{done:,} of {self._total:,} images"
-        if done > self._initial:
-            rate = (done - self._initial) / (time.monotonic() - self._start)
-            line += f", {rate:.2f} images/s, {tqdm.format_interval((self._total - done) / rate)} left"
+    def _print_line(self) -> None:
+        elapsed, made = time.monotonic() - self._start, self._done - self._initial
+        whole = made == int(made)
+        line = f"{int(self._done) if whole else self._done:,{'' if whole else '.1f'}} of {self._total:,} images"
+        if made > 0:
+            rate = f"{made / elapsed:.2f} images/s" if made > elapsed else f"{elapsed / made:.2f} s per image"
+            line += f", {rate}, about {tqdm.format_interval((self._total - self._done) / made * elapsed)} left"
+        else:
+            line += f", the first step is not finished after {tqdm.format_interval(elapsed)}"
         print(line, file=sys.stderr, flush=True)

@@ -23,6 +23,11 @@ POLL_SECONDS = 0.1
 STARTING, RUNNING, STOPPING = 600, 60, 5
 
 
+def nothing() -> float:
+    """What is under way while no work is in hand."""
+    return 0.0
+
+
 class Watch:
     """One rank's view of the others.
 
@@ -33,15 +38,17 @@ class Watch:
 
     Attributes:
         store:   the part of `root` that belongs to this start.
-        done:    units of work that this rank has finished; see `count`.
-        on_tick: called each second, by the thread.
-        cut_off: the store has gone.
+        done:      units of work that this rank has finished; see `count`.
+        under_way: how many units the unfinished work in hand amounts to; called by the thread.
+        on_tick:   called each second, by the thread.
+        cut_off:   the store has gone.
     """
 
     def __init__(self, root: dist.Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.root, self.store = root, None
         self.done, self._lock = 0, threading.Lock()
+        self.under_way = nothing
         self.on_tick: Callable[[], object] = lambda: None
         self.cut_off = self.leaving = False
         self._name = uuid.uuid4().hex
@@ -68,9 +75,12 @@ class Watch:
         with self._lock:
             self.done += units
 
-    def all_done(self) -> int:
-        """The sum of `done` over all ranks, as of about a second ago. For rank 0 only."""
-        return self.done + sum(int(beat.split()[1]) for beat in list(self._beats.values()))
+    def all_done(self) -> float:
+        """What all ranks have done, with what is under way, as of about a second ago. For rank 0 only."""
+        return self._units() + sum(float(beat.split()[1]) for beat in list(self._beats.values()))
+
+    def _units(self) -> float:
+        return self.done + self.under_way()
 
     def fail(self, message: str, code: int) -> None:
         """Have the other ranks exit with `code`, and print why, unless another rank has done so."""
@@ -117,7 +127,7 @@ class Watch:
             put(self.store, "stop", str(self._signals.received))
         elif stop := peek(self.store, "stop"):
             self._told_to_stop = int(stop)
-        put(self.store, f"beat/{self.rank}", f"{tick} {self.done}")
+        put(self.store, f"beat/{self.rank}", f"{tick} {self._units()}")
         if self.rank != 0:
             return self._hear(0)
         for rank in range(1, self.world_size):
