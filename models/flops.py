@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.sampling import HeadSampler
+from models.head_sampling import HeadSampler
 from models.mar import MAR
 from models.plan import CachePolicy, make_plan
 from models.sampling import Transformer

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.sampling import HeadSampler
 from models.graphs import CudaRecorder, Recorded, Recorder, RecordingError
+from models.head_sampling import HeadSampler
 from models.mar import MAR, Block
 from models.plan import CachePolicy, Step, make_plan
 

@@ -11,8 +11,8 @@ from test_sampling import LABELS, MODEL, SETTINGS, noise_for, relative_error
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from diffusion.sampling import modulate
 from models import CachePolicy, Sampler, sample_tokens
+from models.diffloss import modulate
 from models.fusion import Fused
 
 needs_compiler = pytest.mark.skipif(

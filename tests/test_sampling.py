@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import diffusion.sampling
+import models.head_sampling
 from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, pack_linear_layers, sample_tokens
 from models.linear import PackedLinear, can_be_packed
 
@@ -103,7 +103,7 @@ def test_run_settings(changes: dict, policy: CachePolicy | None) -> None:
 @pytest.mark.parametrize("rows", [1, 10, 40])
 @pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
 def test_modulations_in_products_of_any_size(policy: CachePolicy | None, rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(diffusion.sampling, "ROWS_PER_PRODUCT", rows)  # which break up the runs of equal steps
+    monkeypatch.setattr(models.head_sampling, "ROWS_PER_PRODUCT", rows)  # which break up the runs of equal steps
     assert_equal_to_naive(policy, batch=2)
 
 
