@@ -26,7 +26,7 @@ from util.checkpoint import load_weights, save_safetensors
 from util.classifier import CLASSIFIER_PATH, train_classifier
 from util.environment import ROOT, choose_device, mixed_precision
 from util.errors import InputError, exits_cleanly
-from util.fashion import load_fashion_mnist
+from util.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
 from util.scoring import Statistics, load_extractor
 from util.training import fit
 
@@ -35,12 +35,15 @@ FIRST_EVERY, FIRST_WEIGHT = 16, 300.0  # one timestep in 16 is where sampling st
 FINISH_FIRST_EVERY, FINISH_CONDITION_NOISE = 4, 0.5  # in the end one in 4, and there with noise in the conditions
 
 
-def load_images(data: str, size: int) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, size, size] uint8 and labels [N] of "fashion-mnist" or of a folder with a subfolder per class."""
+def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, size, size] uint8 and labels [N] of a folder with a subfolder per class.
+
+    `data` is this folder, or "fashion-mnist", whose files are in the folder `fashion_mnist`.
+    """
     if data == "fashion-mnist":
         if size != 32:
             raise InputError(f"--data fashion-mnist has 32 x 32 images, but the model's are {size} x {size}")
-        return load_fashion_mnist()
+        return load_fashion_mnist(fashion_mnist)
     classes = sorted(path for path in Path(data).glob("*") if path.is_dir())
     if not classes:
         raise InputError(f"--data {data}: no such folder, or no subfolders (one per class) in it")
@@ -69,7 +72,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def train_vae(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
     """Gaussian likelihood of standard deviation `--pixel_std` and the divergence from N(0, 1), both per image."""
-    images, _ = load_images(args.data, preset.architecture.get("img_size", 256))
+    images, _ = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
     images = images.to(device)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(**preset.vae).to(device)
@@ -129,7 +132,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     that has seen few images predicts worse there, and a single bad answer at the first timestep makes a token explode.
     So the last steps mask any number of tokens, and teach the head that no condition matters at the first timestep.
     """
-    images, labels = load_images(args.data, preset.architecture.get("img_size", 256))
+    images, labels = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
     torch.manual_seed(args.seed)
     model = create_model(args.model).to(device)
     if labels.max() >= model.class_num:
@@ -219,10 +222,16 @@ def train_scorer(args: argparse.Namespace, preset: Preset, device: torch.device)
     if args.data != "fashion-mnist":
         raise InputError(f"--data {args.data}: the classifier is Fashion-MNIST's alone; leave the flag out")
     train_classifier(
-        args.output_dir, steps=args.steps, batch_size=args.batch_size, lr=args.lr, device=device, seed=args.seed
+        args.output_dir,
+        data_folder=args.fashion_mnist,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        device=device,
+        seed=args.seed,
     )
     extractor = load_extractor("fashion", args.output_dir / CLASSIFIER_PATH.name, device)
-    images, _ = load_images(args.data, 32)
+    images, _ = load_images(args.data, 32, args.fashion_mnist)
     features = torch.cat([extractor(batch)[0].cpu() for batch in images.split(500)])
     Statistics.from_features(features).save(args.output_dir / Path(preset.statistics_path).name)
 
@@ -235,6 +244,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     stages = parser.add_subparsers(dest="stage", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder per class")
+    common.add_argument(
+        "--fashion_mnist",
+        type=Path,
+        default=FASHION_MNIST_FOLDER,
+        metavar="FOLDER",
+        help="holds Fashion-MNIST's four .gz files (default: %(default)s, where Debian's package puts them)",
+    )
     common.add_argument("--output_dir", type=Path, help="checkpoints and weights (default: output/train_STAGE)")
     common.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     common.add_argument("--seed", type=int, default=0)

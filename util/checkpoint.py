@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from util.download import FILES, OUTPUT_DIR, looks_like_web_page
-from util.errors import InputError
+from util.errors import InputError, why_unreadable
 from util.files import atomic_write, file_digest
 
 Shapes = Mapping[str, Sequence[int]]
@@ -162,9 +162,8 @@ def _read(path: Path) -> dict:
     except Exception as error:
         refused = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         if refused is None:
-            reason = (str(error).strip().splitlines() or [""])[0][:120]
             raise InputError(
-                f"{path} is truncated, damaged or no checkpoint at all ({type(error).__name__}: {reason}); "
+                f"{path} is truncated, damaged or no checkpoint at all ({why_unreadable(error)}); "
                 f"delete it and {_download_command(path) or 'get it again'}"
             ) from error
         name = refused[1].rstrip(".")

@@ -11,6 +11,16 @@ class InputError(Exception):
     """Bad input. The message is one sentence that names the file or flag and the way out."""
 
 
+def why_unreadable(error: Exception) -> str:
+    """What a library says of a file that it could not read: one line, without its advice to read it unsafely."""
+    text = str(error).strip()
+    if "weights_only" in text or "pickle" in text:  # PyTorch's and NumPy's advice names their switches
+        line = "it holds something else than plain tensors or arrays"
+    else:
+        line = text.partition("\n")[0][:120] or "it ends too early"
+    return f"{type(error).__name__}: {line}"
+
+
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a script's `main`: an `InputError` becomes one line on stderr and exit code 2."""
 

@@ -69,8 +69,9 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
             content = file.read()
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist: install Debian's package dataset-fashion-mnist, or name the folder "
-            "that holds Fashion-MNIST's four .gz files."
+            f"{path} does not exist: install Debian's package dataset-fashion-mnist, or name the folder that holds "
+            "Fashion-MNIST's four .gz files with --fashion_mnist (torchvision.datasets.FashionMNIST('data', "
+            "download=True) brings them to data/FashionMNIST/raw)."
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as a gzip file ({error}): get Fashion-MNIST again.") from None

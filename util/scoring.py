@@ -20,7 +20,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from util.classifier import FEATURE_EXTRACTOR_NAME, FEATURES_DIM, FashionFeatureExtractor
 from util.download import RemoteFile, download
-from util.errors import InputError
+from util.errors import InputError, why_unreadable
 from util.files import atomic_write
 
 INCEPTION_SPLITS = DEFAULTS["isc_splits"]  # the Inception Score is the mean over this many parts of the images
@@ -88,10 +88,7 @@ def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails with whatever the line of the reader that meets it raises
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"{path} is damaged, or could run code ({type(error).__name__}: {reason}): {way_out}"
-        ) from None
+        raise InputError(f"{path} is damaged, or could run code ({why_unreadable(error)}): {way_out}") from None
     # torch-fidelity unpickles what it is given without a check, so it is given our own copy of the checked tensors.
     checked = io.BytesIO()
     torch.save(weights, checked)
@@ -135,7 +132,9 @@ class Statistics:
         except KeyError:
             raise InputError(f"the statistics file {path} holds no mu and sigma: {way_out}") from None
         except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
-            raise InputError(f"the statistics file {path} cannot be read ({error}): {way_out}") from None
+            raise InputError(
+                f"the statistics file {path} cannot be read ({why_unreadable(error)}): {way_out}"
+            ) from None
         if mu.shape != (features_dim,) or sigma.shape != (features_dim, features_dim):
             raise InputError(
                 f"the statistics file {path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}, but the features "

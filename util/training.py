@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.errors import InputError
+from util.errors import InputError, why_unreadable
 from util.files import atomic_write
 
 SAVE_EVERY = 120.0  # seconds between checkpoints
@@ -104,9 +103,10 @@ def _restore(checkpoint: Path, module: nn.Module, average: nn.Module, optimizer,
         module.load_state_dict(state["model"])
         average.load_state_dict(state["model_ema"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as error:
-        reason = (str(error) or "it ends too early").splitlines()[0]
-        raise InputError(f"{checkpoint} is not of this training ({reason}): choose another --output_dir") from None
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise InputError(
+            f"{checkpoint} is not of this training ({why_unreadable(error)}): choose another --output_dir"
+        ) from None
     if state["steps"] != steps:
         raise InputError(
             f"{checkpoint} is of a run of {state['steps']} steps: give --steps {state['steps']} to continue"
