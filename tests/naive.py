@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -163,6 +164,14 @@ class Schedule:
         return mean + torch.exp(log_variance / 2) * noise
 
 
+def sinusoids(timestep: int) -> torch.Tensor:
+    """128 cosines and 128 sines of float32 angles, each rounded to float32 from a result of higher precision."""
+    exponents = np.float32(-math.log(10000)) * np.arange(128, dtype=np.float32) / np.float32(128)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = (np.float32(timestep) * frequencies).astype(np.float64)
+    return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)).double()
+
+
 class HeadHalf:
     """The diffusion head for one half's conditions z [n, D], and what it remembers from step to step."""
 
@@ -174,9 +183,7 @@ class HeadHalf:
     def __call__(self, x, timestep: int, refresh: bool, warm: bool, skipped: tuple[int, ...]):
         """eps and v for noisy tokens x [n, C]; unless `refresh`, skipped blocks and (if not `warm`) MLPs are old."""
         net = self.net
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
-        angles = float(timestep) * frequencies
-        y = net.time_embed.mlp(torch.cat([angles.cos(), angles.sin()]).double()) + net.cond_embed(self.z)
+        y = net.time_embed.mlp(sinusoids(timestep)) + net.cond_embed(self.z)
         modulation = F.silu(y)
         x = net.input_proj(x)
         for index, block in enumerate(net.res_blocks):
