@@ -8,7 +8,9 @@ from test_sampling import FIELDS, LABELS, SETTINGS, perturb, random_model, relat
 from torch import Tensor
 
 from models import CachePolicy, ImageNoise, Sampler, cast_model, create_model, sample_tokens
+from models.diffloss import timestep_sinusoids
 from models.graphs import CudaRecorder
+from util.progress import StepProgress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POLICIES = {"baseline": None, "lazy": CachePolicy(), "random rows": CachePolicy(selection="random")}
@@ -73,3 +75,18 @@ def test_noise_on_a_gpu_depends_on_the_image_alone() -> None:
         return ImageNoise(model, 0, indices, 10, "cuda").draw(3, 4)
 
     torch.testing.assert_close(draw([5, 7])[:, 1:], draw([7]), rtol=0, atol=0)
+
+
+def test_steps_count_once_the_device_has_done_them() -> None:
+    model = random_model().cuda()
+    steps = StepProgress(3, [1] * SETTINGS["num_iter"], torch.device("cuda"))
+    sampler = Sampler(model, **SETTINGS)
+    for seed in range(3):  # eager, captured, replayed
+        sampler(LABELS, noise_for(model, seed, 3), steps)
+        torch.cuda.synchronize()
+        assert steps.images() == pytest.approx(3)
+
+
+def test_sinusoids_have_the_bits_of_the_cpu() -> None:
+    timesteps = torch.arange(1000)
+    assert torch.equal(timestep_sinusoids(timesteps.cuda()).cpu(), timestep_sinusoids(timesteps))
