@@ -32,7 +32,8 @@ class StepProgress:
     """
 
     def __init__(self, num_images: int, flops_per_step: Sequence[int], device: torch.device) -> None:
-        self._images = [num_images * flops / sum(flops_per_step) for flops in accumulate(flops_per_step)]
+        total = sum(flops_per_step)
+        self._images = [num_images * flops / total for flops in accumulate(flops_per_step)]
         self._device = device
         self._handed: deque[tuple[torch.cuda.Event, int]] = deque()
         self._done = 0.0
