@@ -28,8 +28,9 @@ report: install
 	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 reproduce.py $(REPORT)
 	$(RUN) report.py
 
+# Two workers with a thread each: most tests are too small for two threads to help.
 test: install
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: install
 	$(RUN) -m ruff check .
