@@ -238,6 +238,7 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
         print(f"rank {job.rank}: {job.watch.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
         job.check_stop()
         job.gather(None)  # until the last rank is through
+        progress.update(run.num_images)
 
 
 # When all are made
