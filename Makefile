@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-# 3 images of each class: under three minutes on two cores that compute in float32, under one on two with AMX.
+# 3 images of each class: under three minutes of sampling on two cores that compute in float32.
 DEMO = --model mar_tiny --num_images 30 --eval_bsz 15
 REPORT = --models mar_tiny --num_images 200 --ablation_images 100 --device cpu
 

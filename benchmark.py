@@ -24,7 +24,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from diffusion.schedule import respaced_timesteps
 from models import (
     MAR,
     PRESETS,
@@ -37,13 +36,13 @@ from models import (
     sample_tokens,
 )
 from models.flops import Flops, count_decoding_flops
-from models.plan import make_plan
 from models.vae import for_inference
 from util.environment import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.images import decode
 from util.latency import random_model, timed
+from util.options import Options, check
 
 METHODS = {"baseline": None, "LazyMAR": CachePolicy()}
 SLOW_PRODUCT_SECONDS = 0.1  # no larger ones are timed then
@@ -276,14 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         titles, results = zip(*map(read, args.join))
         plot([result for some in results for result in some], titles[0], args.plot)
         return
-    try:
-        respaced_timesteps(args.num_sampling_steps)
-        for name, num_iter in product(args.models, args.num_iter):
-            with torch.device("meta"):
-                shapes = create_model(name)
-            make_plan(shapes.seq_len, shapes.buffer_size, num_iter, PRESETS[name].cfg, "linear", None)
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
+    for name, num_iter in product(args.models, args.num_iter):
+        check(Options(model=name, num_iter=num_iter, num_sampling_steps=args.num_sampling_steps))
     device = choose_device(args.device)
     environment, results = describe(device), []
     title = f"{processor_name(device)}, PyTorch {environment['torch']}{', head compiled' * args.compile}"

@@ -30,7 +30,7 @@ from models import (
     create_model,
     pack_linear_layers,
 )
-from models.flops import Flops, flops_per_step
+from models.flops import Flops
 from models.vae import for_inference
 from util import environment
 from util.checkpoint import LoadedWeights, load_weights
@@ -81,21 +81,13 @@ def evaluate(job: Job, options: Options) -> dict:
         saved=lambda index: options.save_images or index < SHEET_IMAGES,
     )
 
-    flops = flops_per_step(
-        options.shape,
-        num_iter=options.num_iter,
-        cfg=options.cfg,
-        num_sampling_steps=options.num_sampling_steps,
-        cache=options.cache,
-    )
-
     def begin() -> list[int]:
         settings.update({f"sha256 of {name}": loaded.sha256() for name, loaded in weights.items()})
         prepare(options.output_dir, settings)
         return run.begin(settings, environment.describe(device))
 
     def finish() -> dict:
-        metrics = summarise(run, options, Flops.of_steps(flops), reference, extractor)
+        metrics = summarise(run, options, reference, extractor)
         metrics.update(settings=settings, environment=environment.describe(device))
         write_sheet(run, options)
         run.write("metrics.json", json.dumps(metrics, indent=2).encode())
@@ -107,7 +99,7 @@ def evaluate(job: Job, options: Options) -> dict:
         job.print0(f"{run.path}: {done:,} of {run.num_images:,} images are there")
         if options.class_labels is None and options.num_images % options.shape.class_num:
             job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
-        batches = generate(job, unfinished, run, model, vae, options, flops)
+        batches = generate(job, unfinished, run, model, vae, options)
         save(job, add_features(batches, extractor), run, done)
         return job.share(finish)
 
@@ -147,28 +139,17 @@ def load_models(
 
 
 def generate(
-    job: Job,
-    unfinished: list[int],
-    run: RunFolder,
-    model: MAR,
-    vae: AutoencoderKL,
-    options: Options,
-    flops: list[Flops],
+    job: Job, unfinished: list[int], run: RunFolder, model: MAR, vae: AutoencoderKL, options: Options
 ) -> Iterator[Batch]:
-    """Make the images of each batch that this rank claims, unless all are there and only its record was lost.
-
-    `flops` are those of each step, by which the job's watch is told how far a batch is.
-    """
+    """Make the images of each batch that this rank claims, unless all are there and only its record was lost."""
     device, labels = model.mask_token.device, torch.tensor(options.labels())
     made = Counter()  # batches, by their size
+    flops_per_step = [step.total for step in options.flops]
     sampler = Sampler(
         model,
-        num_iter=options.num_iter,
-        cfg=options.cfg,
+        **options.sampling,
         cfg_schedule=options.cfg_schedule,
         temperature=options.temperature,
-        num_sampling_steps=options.num_sampling_steps,
-        cache=options.cache,
         cuda_graphs=options.cuda_graphs,
         compile=options.compile,
     )
@@ -182,7 +163,7 @@ def generate(
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
                 noise = ImageNoise(model, options.seed, indices, options.num_sampling_steps, device)
-                steps = StepProgress(len(indices), [step.total for step in flops], device)
+                steps = StepProgress(len(indices), flops_per_step, device)
                 job.watch.under_way = steps.images
                 latents = sampler(labels[indices.start : indices.stop], noise, steps)
                 check_finite(latents, "latents", batch.indices)  # waits for the device
@@ -244,9 +225,7 @@ def save(job: Job, batches: Iterable[Batch], run: RunFolder, done: int) -> None:
 # When all are made
 
 
-def summarise(
-    run: RunFolder, options: Options, flops: Flops, reference: Statistics | None, extractor: Extractor | None
-) -> dict:
+def summarise(run: RunFolder, options: Options, reference: Statistics | None, extractor: Extractor | None) -> dict:
     """Score a run, print a short table, and return the numbers by name."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while lost := run.unfinished():
@@ -254,6 +233,7 @@ def summarise(
             raise InputError(f"{run.path} has lost the batches {lost}; this makes them again: {command_line()}")
         time.sleep(1)
     batches = [run.read(number) for number in run.batch_numbers()]
+    flops = Flops.of_steps(options.flops)
     metrics = {"num_images": run.num_images, "flops_per_image": flops.total, "flops_by_part": flops._asdict()}
     table = [f"images           {run.num_images:,} of {options.model}{', LazyMAR' * bool(options.cache)}"]
     if extractor is not None:

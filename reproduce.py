@@ -21,7 +21,7 @@ import torch
 
 from eval import evaluate, load_models
 from models import PRESETS, CachePolicy
-from models.flops import Flops, flops_per_step
+from models.flops import Flops
 from models.plan import make_plan
 from util import environment
 from util.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
@@ -154,7 +154,7 @@ class Reproduction:
                 "method": method,
                 "inputs": inputs,
                 "parameters": sum(parameter.numel() for parameter in options.shape.parameters()),
-                "flops_per_step": count(options),
+                "flops_per_step": options.flops,
                 "missing": missing,
                 "latency": self.latency(options) if missing else None,
                 "run": None,
@@ -178,7 +178,7 @@ class Reproduction:
         """One image's, with random weights."""
         print(f"{options.model}: no weights; timing one image with random ones", flush=True)
         model = random_model(options.model, self.device, self.dtype)
-        measured = time_sampling(model, 1, flops(options), **sampling(options), seconds=LATENCY_SECONDS)
+        measured = time_sampling(model, 1, options.flops, **options.sampling, seconds=LATENCY_SECONDS)
         return {"seconds": measured.seconds, "how": f"one image, random weights, {measured.how}"}
 
     # The ablations
@@ -236,7 +236,7 @@ class Reproduction:
                 return
             print(f"\n{model}: similarity between steps, over {REDUNDANCY_IMAGES} images", flush=True)
             network, _, _ = load_models(options, self.device, torch.float32)
-            settings = {key: value for key, value in sampling(options).items() if key != "cache"}
+            settings = {key: value for key, value in options.sampling.items() if key != "cache"}
             measured = measure_redundancy(network, num_images=REDUNDANCY_IMAGES, seed=options.seed, **settings)
             self.write(name, {"model": model, "inputs": inputs, **measured})
 
@@ -267,13 +267,13 @@ class Reproduction:
             for method, cache in METHODS.items():
                 options = self.options(model, cache)
                 seconds = self.describe(options, METHOD_NAMES[method])
-                rates[model, method] = seconds / sum(map(sum, count(options)))
+                rates[model, method] = seconds / sum(map(sum, options.flops))
                 total += seconds * options.num_images
         policies = {cache for *_, cache in self.ablations()} - set(METHODS.values())
         for cache in policies:
             options = self.options(ABLATED_MODEL, cache)
             per_operation = rates[ABLATED_MODEL, "lazymar"]
-            total += per_operation * sum(map(sum, count(options))) * options.num_images
+            total += per_operation * sum(map(sum, options.flops)) * options.num_images
         if policies:
             print(f"ablations: {len(policies)} further run(s) of {ABLATED_MODEL}, {self.ablation_images} images each")
         processes = self.job.world_size
@@ -281,7 +281,7 @@ class Reproduction:
 
     def describe(self, options: Options, method: str) -> float:
         """Print a row's plan, operations, memory and time. Returns the estimated seconds per image."""
-        model, steps = options.shape, flops(options)
+        model, steps = options.shape, options.flops
         plan = make_plan(
             model.seq_len, model.buffer_size, options.num_iter, options.cfg, options.cfg_schedule, options.cache
         )
@@ -298,7 +298,7 @@ class Reproduction:
             random_model(options.model, self.device, self.dtype),
             batch_size,
             steps,
-            **sampling(options),
+            **options.sampling,
             seconds=ESTIMATE_SECONDS,
         )
         seconds = timed.seconds / batch_size
@@ -335,21 +335,6 @@ def missing_file(options: Options) -> str | None:
         except InputError as error:
             return str(error)
     return None
-
-
-def sampling(options: Options) -> dict:
-    """What decides how sampling goes."""
-    return {name: getattr(options, name) for name in ("num_iter", "cfg", "num_sampling_steps", "cache")}
-
-
-def flops(options: Options) -> list[Flops]:
-    return [Flops(*step) for step in count(options)]
-
-
-@lru_cache
-def count(options: Options) -> list[list[int]]:
-    """Operations per step and part, as JSON has them."""
-    return [list(step) for step in flops_per_step(options.shape, **sampling(options))]
 
 
 def run_folder(options: Options) -> RunFolder:

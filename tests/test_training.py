@@ -186,3 +186,10 @@ def test_training_runs_from_a_folder_of_images_to_weights_that_load(tmp_path, mo
 def test_bad_input_is_named_and_exits_with_2(arguments, named, capsys):
     assert train.main([*arguments, "--device", "cpu"]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"], ids=["empty", "other", "truncated"])
+def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path):
+    (tmp_path / "training.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"training\.pt is not of this training"):
+        fit(torch.nn.Linear(1, 1), None, folder=tmp_path, steps=1, lr=0.1, device=torch.device("cpu"))

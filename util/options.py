@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from models import MAR, PRESETS, CachePolicy, Preset, create_model
+from models.flops import Flops, flops_per_step
 from models.plan import CFG_SCHEDULES, make_plan
 from models.sampling import SAMPLER_VERSION
 from util.environment import DTYPES, ROOT, dtype_name
@@ -56,6 +57,16 @@ class Options:
         """The network on the meta device: everything but the weights."""
         return _on_meta(self.model)
 
+    @property
+    def sampling(self) -> dict:
+        """What decides how long sampling takes, as `flops_per_step` and `Sampler` name it."""
+        return {name: getattr(self, name) for name in ("num_iter", "cfg", "num_sampling_steps", "cache")}
+
+    @property
+    def flops(self) -> list[Flops]:
+        """What each step of sampling one image takes."""
+        return _flops(self)
+
     def labels(self) -> Sequence[int]:
         """The class of each image. Every class comes as often as any other, up to one, however far a run has come."""
         return self.class_labels or [index % self.shape.class_num for index in range(self.num_images)]
@@ -78,6 +89,11 @@ class Options:
 def _on_meta(model: str) -> MAR:
     with torch.device("meta"):
         return create_model(model)
+
+
+@functools.lru_cache
+def _flops(options: Options) -> list[Flops]:
+    return flops_per_step(options.shape, **options.sampling)
 
 
 def check(options: Options) -> Options:

@@ -96,8 +96,7 @@ class Progress:
 
     def _print_line(self) -> None:
         elapsed, made = time.monotonic() - self._start, self._done - self._initial
-        whole = made == int(made)
-        line = f"{int(self._done) if whole else self._done:,{'' if whole else '.1f'}} of {self._total:,} images"
+        line = f"{self._done:,.1f}".removesuffix(".0") + f" of {self._total:,} images"
         if made > 0:
             rate = f"{made / elapsed:.2f} images/s" if made > elapsed else f"{elapsed / made:.2f} s per image"
             line += f", {rate}, about {tqdm.format_interval((self._total - self._done) / made * elapsed)} left"

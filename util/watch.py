@@ -37,7 +37,7 @@ class Watch:
               tells each process under a name that this process has invented.
 
     Attributes:
-        store:   the part of `root` that belongs to this start.
+        store:     the part of `root` that belongs to this start.
         done:      units of work that this rank has finished; see `count`.
         under_way: how many units the unfinished work in hand amounts to; called by the thread.
         on_tick:   called each second, by the thread.
