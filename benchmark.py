@@ -35,14 +35,14 @@ from models import (
     create_model,
     sample_tokens,
 )
-from models.flops import Flops, count_decoding_flops
+from models.lazymar.flops import Flops, count_decoding_flops
 from models.vae import for_inference
-from util.environment import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
-from util.images import decode
-from util.latency import random_model, timed
-from util.options import Options, check
+from util.machine import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
+from util.reproduction.timing import random_model, timed
+from util.runs.images import decode
+from util.runs.options import Options, check
 
 METHODS = {"baseline": None, "LazyMAR": CachePolicy()}
 SLOW_PRODUCT_SECONDS = 0.1  # no larger ones are timed then

@@ -15,7 +15,7 @@ from PIL import Image
 
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
-from util.images import contact_sheet, encode_png
+from util.runs.images import contact_sheet, encode_png
 
 PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40
 ROWS_SHOWN = (  # label, key in metrics.json, factor, format

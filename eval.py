@@ -30,20 +30,20 @@ from models import (
     create_model,
     pack_linear_layers,
 )
-from models.flops import Flops
+from models.lazymar.flops import Flops
 from models.vae import for_inference
-from util import environment
-from util.checkpoint import LoadedWeights, load_weights
-from util.distributed import Job, launch
+from util import machine
 from util.errors import InputError
-from util.images import contact_sheet, decode, encode_png, to_uint8
-from util.memory import check_memory, out_of_memory_explained
-from util.options import Options, check, parse_options
-from util.progress import Progress, StepProgress
-from util.run_folder import Batch, RunFolder, prepare
-from util.scoring import FEATURES_DIMS, Extractor, Statistics, load_extractor, score
-from util.threads import Writers, map_images
-from util.watch import command_line, nothing
+from util.job.processes import Job, launch
+from util.job.progress import Progress, StepProgress
+from util.job.threads import Writers, map_images
+from util.job.watch import command_line, nothing
+from util.runs.folder import Batch, RunFolder, prepare
+from util.runs.images import contact_sheet, decode, encode_png, to_uint8
+from util.runs.memory import check_memory, out_of_memory_explained
+from util.runs.options import Options, check, parse_options
+from util.scoring.scores import FEATURES_DIMS, Extractor, Statistics, load_extractor, score
+from util.weights.checkpoint import LoadedWeights, load_weights
 
 SHEET_IMAGES = 80  # on the contact sheet: 8 of each class where there are 10
 VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
@@ -59,9 +59,9 @@ def evaluate(job: Job, options: Options) -> dict:
     """
     # What can go wrong goes wrong before long work.
     options = check(options)
-    device = environment.choose_device(options.device, job.local_rank)
-    dtype = environment.choose_dtype(options.dtype, device)
-    if device.type == "cpu" and dtype.itemsize == 2 and not environment.cpu_computes_in_bfloat16():
+    device = machine.choose_device(options.device, job.local_rank)
+    dtype = machine.choose_dtype(options.dtype, device)
+    if device.type == "cpu" and dtype.itemsize == 2 and not machine.cpu_computes_in_bfloat16():
         job.print0(f"note: this processor does not compute in {options.dtype}: --dtype float32 is many times faster")
     settings = options.settings(device, dtype)
     kind = options.preset.features
@@ -77,18 +77,18 @@ def evaluate(job: Job, options: Options) -> dict:
         num_images=options.num_images,
         batch_size=options.eval_bsz,
         image_size=options.shape.img_size,
-        extractor=extractor and f"{kind} {environment.weights_digest(extractor.network)}",
+        extractor=extractor and f"{kind} {machine.weights_digest(extractor.network)}",
         saved=lambda index: options.save_images or index < SHEET_IMAGES,
     )
 
     def begin() -> list[int]:
         settings.update({f"sha256 of {name}": loaded.sha256() for name, loaded in weights.items()})
         prepare(options.output_dir, settings)
-        return run.begin(settings, environment.describe(device))
+        return run.begin(settings, machine.describe(device))
 
     def finish() -> dict:
         metrics = summarise(run, options, reference, extractor)
-        metrics.update(settings=settings, environment=environment.describe(device))
+        metrics.update(settings=settings, environment=machine.describe(device))
         write_sheet(run, options)
         run.write("metrics.json", json.dumps(metrics, indent=2).encode())
         return metrics
@@ -159,7 +159,7 @@ def generate(
         if batch.pixels is None:
             indices = run.indices(number)
             first = made[len(indices)] < (1 if sampler.record is None else 2)  # the second one is recorded if it can be
-            batch = Batch(number, indices, first=first, worker=environment.where(device))
+            batch = Batch(number, indices, first=first, worker=machine.where(device))
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
                 noise = ImageNoise(model, options.seed, indices, options.num_sampling_steps, device)

@@ -19,16 +19,16 @@ from functools import cached_property
 from pathlib import Path
 
 from models import PRESETS, CachePolicy
-from models.flops import Flops
-from util import figures
-from util.ablations import ABLATED_MODEL, ABLATIONS, run_name
+from models.lazymar.flops import Flops
 from util.errors import InputError, exits_cleanly
-from util.figures import MODEL_NAMES, Point
 from util.files import atomic_write
-from util.options import Options
-from util.paper import LAZYMAR, MAR, OTHER_METHODS, PARAMETERS, TABLE, PaperRow
-from util.results import Results
-from util.spread import difference
+from util.report import figures
+from util.report.figures import MODEL_NAMES, Point
+from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, run_name
+from util.reproduction.jackknife import difference
+from util.reproduction.paper import LAZYMAR, MAR, OTHER_METHODS, PARAMETERS, TABLE, PaperRow
+from util.reproduction.results import Results
+from util.runs.options import Options
 
 METHODS = {"baseline": "MAR", "lazymar": "LazyMAR"}
 PAPER_IMAGES = 50_000

@@ -21,22 +21,22 @@ import torch
 
 from eval import evaluate, load_models
 from models import PRESETS, CachePolicy
-from models.flops import Flops
-from models.plan import make_plan
-from util import environment
-from util.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
-from util.distributed import Job, launch
+from models.lazymar.flops import Flops
+from models.lazymar.plan import make_plan
+from util import machine
+from util.cli import Parser
 from util.errors import InputError
 from util.files import file_digest
-from util.flags import Parser
-from util.latency import random_model, time_sampling
-from util.memory import memory_needed
-from util.options import Options, check
-from util.redundancy import measure_redundancy
-from util.results import Results
-from util.run_folder import RunFolder
-from util.scoring import FEATURES_DIMS, Statistics, load_extractor, score
-from util.spread import groups_of_images, jackknife
+from util.job.processes import Job, launch
+from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
+from util.reproduction.jackknife import groups_of_images, jackknife
+from util.reproduction.redundancy import measure_redundancy
+from util.reproduction.results import Results
+from util.reproduction.timing import random_model, time_sampling
+from util.runs.folder import RunFolder
+from util.runs.memory import memory_needed
+from util.runs.options import Options, check
+from util.scoring.scores import FEATURES_DIMS, Statistics, load_extractor, score
 
 METHODS = {"baseline": None, "lazymar": CachePolicy()}
 METHOD_NAMES = {"baseline": "baseline", "lazymar": "LazyMAR"}
@@ -126,7 +126,7 @@ class Reproduction:
         return (options.output_dir / "metrics.json").exists() and not run_folder(options).unfinished()
 
     def write(self, name: str, result: dict) -> None:
-        about = {"environment": environment.describe(self.device), "device": environment.where(self.device)}
+        about = {"environment": machine.describe(self.device), "device": machine.where(self.device)}
         self.results.write(name, {**result, **about, "processes": self.job.world_size})
 
     # The table
@@ -372,7 +372,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--num_sampling_steps", type=int, default=default.num_sampling_steps, help="denoising steps of the head")
     add("--seed", type=int, default=default.seed, help="with an image's number, decides all that is random about it")
     add("--device", default=default.device, choices=("auto", "cpu", "cuda"))
-    add("--dtype", default=default.dtype, choices=("auto", *environment.DTYPES))
+    add("--dtype", default=default.dtype, choices=("auto", *machine.DTYPES))
     add("--inception_weights", type=Path, help="torch-fidelity's file, where it cannot be downloaded")
     add("--ablations", nargs="+", default=["all"], metavar="NAME",
         help=f"of {ABLATED_MODEL}: all, none, or some of {', '.join(ABLATIONS)}")  # fmt: skip
@@ -395,8 +395,8 @@ def main(job: Job) -> None:
 
 
 def reproduce(job: Job, args: argparse.Namespace) -> None:
-    device = environment.choose_device(args.device, job.local_rank)
-    reproduction = Reproduction(job, args, device, environment.choose_dtype(args.dtype, device))
+    device = machine.choose_device(args.device, job.local_rank)
+    reproduction = Reproduction(job, args, device, machine.choose_dtype(args.dtype, device))
     if reproduction.ablations():
         reproduction.ablation_images  # noqa: B018, is out of range before long work rather than after
     if args.dry_run:

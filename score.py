@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
-from util.scoring import FEATURES_DIMS, INCEPTION_FILE, Extractor, Statistics, load_extractor, score
+from util.scoring.scores import FEATURES_DIMS, INCEPTION_FILE, Extractor, Statistics, load_extractor, score
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 

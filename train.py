@@ -22,13 +22,13 @@ from diffusion.loss import HybridLoss
 from diffusion.schedule import NUM_TRAIN_STEPS
 from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import Preset
-from util.checkpoint import load_weights, save_safetensors
-from util.classifier import CLASSIFIER_PATH, train_classifier
-from util.environment import ROOT, choose_device, mixed_precision
 from util.errors import InputError, exits_cleanly
-from util.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
-from util.scoring import Statistics, load_extractor
-from util.training import fit
+from util.machine import ROOT, choose_device, mixed_precision
+from util.scoring.classifier import CLASSIFIER_PATH, train_classifier
+from util.scoring.scores import Statistics, load_extractor
+from util.training.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
+from util.training.loop import fit
+from util.weights.checkpoint import load_weights, save_safetensors
 
 LABEL_DROPOUT = 0.1  # share of images trained without their class (MAR paper)
 FIRST_EVERY, FIRST_WEIGHT = 16, 300.0  # one timestep in 16 is where sampling starts, with this weight of its error

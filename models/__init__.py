@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from models.flops import count_flops
+from models.lazymar.flops import count_flops
+from models.lazymar.plan import CachePolicy
+from models.lazymar.sampler import ImageNoise, Sampler, sample_tokens
 from models.linear import pack_linear_layers
 from models.mar import MAR, cast_model
-from models.plan import CachePolicy
 from models.presets import PRESETS, Preset
-from models.sampling import ImageNoise, Sampler, sample_tokens
 from models.vae import AutoencoderKL
 
 __all__ = [

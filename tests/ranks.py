@@ -12,8 +12,8 @@ import torch
 
 import eval as program
 from models import PRESETS, AutoencoderKL, create_model
-from util.checkpoint import save_safetensors
-from util.distributed import launch
+from util.job.processes import launch
+from util.weights.checkpoint import save_safetensors
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["eval"])

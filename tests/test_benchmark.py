@@ -11,7 +11,7 @@ from PIL import Image
 
 import benchmark
 from models import AutoencoderKL
-from models.flops import count_decoding_flops
+from models.lazymar.flops import count_decoding_flops
 
 
 def test_a_run_prints_both_methods_and_writes_what_it_measured(tmp_path, capsys):
@@ -38,7 +38,7 @@ def test_it_needs_no_package_for_scores(monkeypatch):
     def no_package(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("util.environment.version", no_package)
+    monkeypatch.setattr("util.machine.version", no_package)
     assert benchmark.describe(torch.device("cpu"))["torch"] == torch.__version__
 
 

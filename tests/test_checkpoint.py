@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from util.checkpoint import load_weights, save_safetensors
-from util.download import FILES, OUTPUT_DIR
 from util.errors import InputError
 from util.files import atomic_write, file_digest
+from util.weights.checkpoint import load_weights, save_safetensors
+from util.weights.download import FILES, OUTPUT_DIR
 
 ROOT = Path(__file__).parents[1]
 
@@ -255,12 +255,12 @@ def test_a_missing_file_is_told_with_the_way_to_get_it(tmp_path, monkeypatch):
     assert "does not exist" in refusal(tmp_path / "weights.pth")
     assert "holds no checkpoint-last" in refusal(tmp_path)
     path = tmp_path / FILES["mar_huge"].path
-    assert f"python -m util.download mar_huge --output_dir {tmp_path}`" in refusal(path)
+    assert f"python -m util.weights.download mar_huge --output_dir {tmp_path}`" in refusal(path)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"<!doctype html>")
-    assert "python -m util.download mar_huge" in refusal(path.parent / path.name)
+    assert "python -m util.weights.download mar_huge" in refusal(path.parent / path.name)
     monkeypatch.chdir(tmp_path)
-    assert "python -m util.download vae`" in refusal(Path(OUTPUT_DIR) / FILES["vae"].path)
+    assert "python -m util.weights.download vae`" in refusal(Path(OUTPUT_DIR) / FILES["vae"].path)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
@@ -299,7 +299,7 @@ MEASURE_MEMORY = """
 import sys, threading
 import torch
 from torch import nn
-from util.checkpoint import load_weights
+from util.weights.checkpoint import load_weights
 
 def anonymous_megabytes():  # memory of our own: pages of a mapped file can be dropped and do not count
     with open("/proc/self/status") as status:

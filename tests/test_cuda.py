@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models import CachePolicy, ImageNoise, Sampler, cast_model, create_model, sample_tokens
 from models.diffloss import timestep_sinusoids
-from models.graphs import CudaRecorder
-from util.progress import StepProgress
+from models.lazymar.runtime import CudaRecorder
+from util.job.progress import StepProgress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POLICIES = {"baseline": None, "lazy": CachePolicy(), "random rows": CachePolicy(selection="random")}

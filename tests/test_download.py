@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import util.download
+import util.weights.download
 from models import PRESETS
-from util.download import FILES, OUTPUT_DIR, RemoteFile, download, main
 from util.errors import InputError
 from util.files import file_digest
+from util.weights.download import FILES, OUTPUT_DIR, RemoteFile, download, main
 
 CONTENT = random.Random(0).randbytes(50_000)
 OTHER = bytes(reversed(CONTENT))
@@ -83,8 +83,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(util.download, "RETRY_WAITS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(util.download, "CHUNK", 1000)
+    monkeypatch.setattr(util.weights.download, "RETRY_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(util.weights.download, "CHUNK", 1000)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -277,19 +277,19 @@ def test_a_folder_that_cannot_be_made_is_told(server, path):
 
 def test_interruption_keeps_what_is_there(server, path, monkeypatch):
     server.cuts = [20_000]
-    monkeypatch.setattr(util.download, "RETRY_WAITS", ("ctrl-c",))
+    monkeypatch.setattr(util.weights.download, "RETRY_WAITS", ("ctrl-c",))
 
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(util.download.time, "sleep", interrupt)
+    monkeypatch.setattr(util.weights.download.time, "sleep", interrupt)
     with pytest.raises(InputError, match=r"stopped before .* goes on from there"):
         download(server.remote(), path)
     assert path.with_name("weights.pth.part").read_bytes() == CONTENT[:20_000]
 
 
 def test_the_command_fetches_what_is_named_and_prints_digests(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(util.download, "FILES", {"vae": server.remote()})
+    monkeypatch.setattr(util.weights.download, "FILES", {"vae": server.remote()})
     monkeypatch.chdir(tmp_path)
     assert main(["vae"]) == 0
     assert (tmp_path / OUTPUT_DIR / "folder" / "weights.pth").read_bytes() == CONTENT
@@ -303,7 +303,7 @@ def test_the_command_fetches_what_is_named_and_prints_digests(server, tmp_path, 
 
 
 def test_an_unknown_name_is_refused_before_anything_is_fetched(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(util.download, "FILES", {"vae": server.remote()})
+    monkeypatch.setattr(util.weights.download, "FILES", {"vae": server.remote()})
     assert main(["vae", "mar_giant", "--output_dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: there is no download named mar_giant; the names are vae\n"
     assert server.ranges == []

@@ -24,10 +24,10 @@ from ranks import Ranks, free_port, make_weights
 import eval as program
 from models import PRESETS, create_model
 from score import main as score_folder
-from util.checkpoint import save_safetensors
-from util.distributed import launch
-from util.options import check, parse_options
-from util.scoring import load_extractor
+from util.job.processes import launch
+from util.runs.options import check, parse_options
+from util.scoring.scores import load_extractor
+from util.weights.checkpoint import save_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -246,11 +246,11 @@ def test_other_settings_are_refused_unless_the_run_is_given_up(copy, command, ca
 
 def test_a_run_goes_on_after_the_code_was_edited(copy, command, capsys, monkeypatch, whole):
     (copy / "images" / "000003.png").unlink()
-    monkeypatch.setattr("util.environment.code_digest", lambda: "edited")
+    monkeypatch.setattr("util.machine.code_digest", lambda: "edited")
     assert run(command(copy)) == 0
     assert "may be rounded differently (code " in capsys.readouterr().out
     assert_same(copy, whole)
-    monkeypatch.setattr("util.options.SAMPLER_VERSION", 2)
+    monkeypatch.setattr("util.runs.options.SAMPLER_VERSION", 2)
     assert run(command(copy)) == 2
     assert "a run of version 1 of the sampler, and version 2 makes other images" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
-from models.sampling import Transformer
+from models.lazymar.sampler import Transformer
 
 POLICIES = {
     "baseline": None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from util.download import FILES
+from util.weights.download import FILES
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,14 +48,14 @@ def test_each_module_can_be_imported_first():
         for path in sorted((ROOT / package).rglob("*.py"))
         if path.name != "__main__.py"
     ]
-    assert {"diffusion.sampling", "models.plan", "util.files"} <= set(modules)
+    assert {"diffusion.ancestral", "models.lazymar.plan", "util.files"} <= set(modules)
     command = [sys.executable, "-c", IMPORT_EACH_FIRST, *modules]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
 def test_the_plan_is_printed_without_a_warning():
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "models.plan", "--lazy_mar", "--num_iter", "8"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "models.lazymar", "--lazy_mar", "--num_iter", "8"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) == 1 + 8

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion.schedule import respaced_timesteps
 from models import MAR, CachePolicy, create_model
 from models.diffloss import timestep_sinusoids
-from models.sampling import SampledStep, Sampler
+from models.lazymar.sampler import SampledStep, Sampler
 
 DATA = Path(__file__).parent / "data"
 CASES = ("baseline", "lazy")

@@ -25,18 +25,18 @@ from ranks import CONTEXT, free_port, make_weights
 import report as page
 import reproduce as program
 from models import PRESETS, CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
-from models.flops import Flops, flops_per_step
-from models.plan import make_plan
-from models.sampling import Transformer
-from util import figures
-from util.ablations import ABLATIONS, run_name
-from util.distributed import launch
+from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.plan import make_plan
+from models.lazymar.sampler import Transformer
 from util.errors import InputError
-from util.options import check, parse_options
-from util.paper import TABLE
-from util.redundancy import ROW_GROUPS, measure_redundancy, trace
-from util.results import Results
-from util.spread import difference, groups_of_images, jackknife
+from util.job.processes import launch
+from util.report import figures
+from util.reproduction.ablations import ABLATIONS, run_name
+from util.reproduction.jackknife import difference, groups_of_images, jackknife
+from util.reproduction.paper import TABLE
+from util.reproduction.redundancy import ROW_GROUPS, measure_redundancy, trace
+from util.reproduction.results import Results
+from util.runs.options import check, parse_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split(

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.plan import Step
-from util.distributed import Job, Stopped, launch
+from models.lazymar.plan import Step
 from util.errors import InputError
-from util.images import contact_sheet, to_uint8
-from util.progress import Progress, StepProgress
-from util.run_folder import Batch, RunFolder, prepare
-from util.threads import Writers, map_images
+from util.job.processes import Job, Stopped, launch
+from util.job.progress import Progress, StepProgress
+from util.job.threads import Writers, map_images
+from util.runs.folder import Batch, RunFolder, prepare
+from util.runs.images import contact_sheet, to_uint8
 
 SETTINGS = {"seed": 0, "class_labels": (1, 2), "cache": {"start_step": 5}}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.head_sampling
+import models.lazymar.head
 from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, pack_linear_layers, sample_tokens
 from models.linear import PackedLinear, can_be_packed
 
@@ -103,7 +103,7 @@ def test_run_settings(changes: dict, policy: CachePolicy | None) -> None:
 @pytest.mark.parametrize("rows", [1, 10, 40])
 @pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
 def test_modulations_in_products_of_any_size(policy: CachePolicy | None, rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(models.head_sampling, "ROWS_PER_PRODUCT", rows)  # which break up the runs of equal steps
+    monkeypatch.setattr(models.lazymar.head, "ROWS_PER_PRODUCT", rows)  # which break up the runs of equal steps
     assert_equal_to_naive(policy, batch=2)
 
 
@@ -310,7 +310,7 @@ FINGERPRINTS = {
 }
 IMAGES_CHANGE = (
     "the same settings and seed give other images: if they differ by more than rounding, raise SAMPLER_VERSION in "
-    "models/sampling.py, so that no run is continued with other images; then put the new numbers here"
+    "models/lazymar/sampler.py, so that no run is continued with other images; then put the new numbers here"
 )
 
 

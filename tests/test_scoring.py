@@ -18,12 +18,20 @@ from PIL import Image
 from torch import nn
 
 import score as score_script
-from util import classifier as classifier_module
-from util import download, fashion, scoring
-from util.classifier import FEATURE_EXTRACTOR_NAME, FashionClassifier, accuracy, load_classifier, train_classifier
 from util.errors import InputError
-from util.fashion import load_fashion_mnist, to_rgb32
-from util.scoring import FEATURES_DIMS, Statistics, load_extractor, score
+from util.scoring import classifier as classifier_module
+from util.scoring import scores as scoring
+from util.scoring.classifier import (
+    FEATURE_EXTRACTOR_NAME,
+    FashionClassifier,
+    accuracy,
+    load_classifier,
+    train_classifier,
+)
+from util.scoring.scores import FEATURES_DIMS, Statistics, load_extractor, score
+from util.training import fashion
+from util.training.fashion import load_fashion_mnist, to_rgb32
+from util.weights import download
 
 SAMPLE = Path(__file__).parent / "data" / "fashion_sample.npz"  # 50 of Fashion-MNIST's test images of each class
 SHIPPED_STATISTICS = Path(__file__).parents[1] / "pretrained_models/fid_stats/fashion_classifier_stats.npz"

@@ -12,7 +12,7 @@ from diffusion.loss import HybridLoss
 from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from models import AutoencoderKL, create_model
 from util.errors import InputError
-from util.training import fit
+from util.training.loop import fit
 
 
 def test_respacing_keeps_the_first_and_last_timestep_and_rounds_the_strides_between():
@@ -96,7 +96,7 @@ def test_a_training_that_was_cut_off_ends_like_one_that_was_not(tmp_path, monkey
 
     original = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", cut_after_25)
-    monkeypatch.setattr("util.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("util.training.loop.SAVE_EVERY", 0.0)
     with pytest.raises(Cut):
         run_other()
     monkeypatch.undo()

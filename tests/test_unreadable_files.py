@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from util.checkpoint import load_weights
 from util.errors import InputError
-from util.scoring import Statistics, load_extractor
-from util.training import fit
+from util.scoring.scores import Statistics, load_extractor
+from util.training.loop import fit
+from util.weights.checkpoint import load_weights
 
 
 class Code:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.sampling import denoise
+from diffusion.ancestral import denoise
 from diffusion.schedule import NoiseSchedule
 from models.diffloss import DiffusionHead, ResidualBlock, modulate
 from models.fusion import Fused
+from models.lazymar.plan import CachePolicy, HeadStep, make_head_plan
 from models.linear import Linear
-from models.plan import CachePolicy, HeadStep, make_head_plan
 
 ROWS_PER_PRODUCT = 4096  # modulations are computed for several denoising steps at once up to this many rows
 

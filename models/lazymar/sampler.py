@@ -1,8 +1,8 @@
 """Sampling with MAR, in full or with LazyMAR's caches: the method, in one file.
 
-A run's plan (`models/plan.py`) is known before its first step, because the order of prediction is drawn up front. The
-sampler keeps all tokens in that order, so every set of rows that a step needs, known tokens, those predicted last, now
-and next, is a slice. Rows are [buffer | tokens]: P buffer rows, then L tokens.
+A run's plan (`plan.py`) is known before its first step, because the order of prediction is drawn up front. The sampler
+keeps all tokens in that order, so every set of rows that a step needs, known tokens, those predicted last, now and
+next, is a slice. Rows are [buffer | tokens]: P buffer rows, then L tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.graphs import CudaRecorder, Recorded, Recorder, RecordingError
-from models.head_sampling import HeadSampler
+from models.lazymar.head import HeadSampler
+from models.lazymar.plan import CachePolicy, Step, make_plan
+from models.lazymar.runtime import CudaRecorder, Recorded, Recorder, RecordingError
 from models.mar import MAR, Block
-from models.plan import CachePolicy, Step, make_plan
 
 # Raised by hand when the same settings, weights and seed come to give other images, by more than rounding: a run that
 # was begun with another version is then not continued. `tests/test_sampling.py` holds fingerprints that tell when.

@@ -18,10 +18,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from util.classifier import FEATURE_EXTRACTOR_NAME, FEATURES_DIM, FashionFeatureExtractor
-from util.download import RemoteFile, download
 from util.errors import InputError, why_unreadable
 from util.files import atomic_write
+from util.scoring.classifier import FEATURE_EXTRACTOR_NAME, FEATURES_DIM, FashionFeatureExtractor
+from util.weights.download import RemoteFile, download
 
 INCEPTION_SPLITS = DEFAULTS["isc_splits"]  # the Inception Score is the mean over this many parts of the images
 INCEPTION_FILE = URL_INCEPTION_V3.rpartition("/")[2]
@@ -53,7 +53,7 @@ def load_extractor(kind: str, weights_path: str | Path | None = None, device: to
 
     Args:
         kind:         "inception": torch-fidelity's "inception-v3-compat", the standard for FID and IS.
-                      "fashion":   the Fashion-MNIST classifier, for 32 x 32 images; see `util.classifier`.
+                      "fashion":   the Fashion-MNIST classifier, for 32 x 32 images; see `util.scoring.classifier`.
         weights_path: its weights. Default: the shipped classifier; for Inception, torch-fidelity's file in PyTorch's
                       hub folder, downloaded (95 MB) if it is not there. Let one process load it first.
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from models import MAR, PRESETS, CachePolicy, Preset, create_model
-from models.flops import Flops, flops_per_step
-from models.plan import CFG_SCHEDULES, make_plan
-from models.sampling import SAMPLER_VERSION
-from util.environment import DTYPES, ROOT, dtype_name
+from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.plan import CFG_SCHEDULES, make_plan
+from models.lazymar.sampler import SAMPLER_VERSION
+from util.cli import Parser, add_policy_flags, numbers, read_policy
 from util.errors import InputError
-from util.flags import Parser, add_policy_flags, numbers, read_policy
+from util.machine import DTYPES, ROOT, dtype_name
 
 
 @dataclass(frozen=True)

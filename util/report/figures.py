@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from models.flops import Flops
-from util.paper import OTHER_METHODS, TABLE
+from models.lazymar.flops import Flops
+from util.reproduction.paper import OTHER_METHODS, TABLE
 
 matplotlib.use("agg")  # files alone, no windows
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from models import AutoencoderKL
-from util.threads import map_images
+from util.job.threads import map_images
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

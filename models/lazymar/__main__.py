@@ -1,10 +1,10 @@
-"""The command line `python -m models.plan`."""
+"""The command line `python -m models.lazymar`."""
 
 from __future__ import annotations
 
 import argparse
 
-from models.plan import CFG_SCHEDULES, REFERENCE_STEPS, CachePolicy, describe, make_plan
+from models.lazymar.plan import CFG_SCHEDULES, REFERENCE_STEPS, CachePolicy, describe, make_plan
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import environment
+from util import machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # What PyTorch says of a processor: its kind, whether oneDNN has bfloat16 for it, and which instructions it has.
@@ -29,10 +29,10 @@ def test_bfloat16_is_taken_where_the_processor_computes_in_it(machine, onednn, i
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
-    assert environment.choose_dtype("auto", CPU) == fast
-    assert environment.choose_dtype("float64", CPU) == torch.float64
-    assert environment.choose_dtype("auto", GPU) == torch.bfloat16
-    with environment.mixed_precision(CPU):
+    assert machine.choose_dtype("auto", CPU) == fast
+    assert machine.choose_dtype("float64", CPU) == torch.float64
+    assert machine.choose_dtype("auto", GPU) == torch.bfloat16
+    with machine.mixed_precision(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == fast
 
 
@@ -41,10 +41,10 @@ def test_a_pytorch_without_onednn_or_that_says_nothing_means_float32(monkeypatch
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
-    assert environment.choose_dtype("auto", CPU) == torch.float32
+    assert machine.choose_dtype("auto", CPU) == torch.float32
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    assert environment.choose_dtype("auto", CPU) == torch.float32
+    assert machine.choose_dtype("auto", CPU) == torch.float32
 
 
 def test_what_pytorch_says_of_this_processor_is_what_linux_says():
@@ -53,20 +53,20 @@ def test_what_pytorch_says_of_this_processor_is_what_linux_says():
     if not flags.exists():
         pytest.skip("only Linux lists a processor's instructions")
     listed = {"amx_bf16", "avx512_bf16", "bf16"} & set(flags.read_text().split())
-    assert environment.cpu_computes_in_bfloat16() == bool(listed)
+    assert machine.cpu_computes_in_bfloat16() == bool(listed)
 
 
 def test_the_record_names_processor_and_code(monkeypatch, tmp_path):
-    described = environment.describe(CPU)
+    described = machine.describe(CPU)
     assert f"{torch.get_num_threads()} threads of " in described["processor"]
     assert torch.backends.cpu.get_cpu_capability() in described["processor"]
-    assert described["code"] == environment.code_digest()
+    assert described["code"] == machine.code_digest()
     for folder in ("models/parts", "diffusion"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "code.py").write_text("x = 1")
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    digests = [environment.code_digest()]
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    digests = [machine.code_digest()]
     for folder in ("models/parts", "diffusion"):
         (tmp_path / folder / "code.py").write_text("x = 1  # a comment")
-        digests.append(environment.code_digest())
+        digests.append(machine.code_digest())
     assert len(set(digests)) == 3

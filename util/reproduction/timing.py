@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from models import MAR, CachePolicy, ImageNoise, Sampler, cast_model, create_model, pack_linear_layers
-from models.flops import Flops
+from models.lazymar.flops import Flops
 
 GPU_BATCHES = 3  # the first one loads kernels, the second records graphs, the third is timed
 

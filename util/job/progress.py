@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from tqdm import tqdm
 
-from models.plan import Step
+from models.lazymar.plan import Step
 
 FIRST_LINE, MOST_BETWEEN_LINES = 5.0, 60.0  # seconds; the time between two lines doubles from one to the other
 BAR = "{percentage:3.0f}%|{bar}| {n:,.1f} of {total:,} images [{elapsed}<{remaining}, {rate_fmt}]"

@@ -20,7 +20,7 @@ from typing import Callable, TypeVar
 import torch.distributed as dist
 
 from util.errors import InputError
-from util.watch import POLL_SECONDS, Watch, command_line, peek, put
+from util.job.watch import POLL_SECONDS, Watch, command_line, peek, put
 
 T = TypeVar("T")
 

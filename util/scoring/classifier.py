@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
-from util.checkpoint import load_weights, save_safetensors
-from util.environment import mixed_precision
 from util.errors import InputError
-from util.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
-from util.training import fit
+from util.machine import mixed_precision
+from util.training.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
+from util.training.loop import fit
+from util.weights.checkpoint import load_weights, save_safetensors
 
-CLASSIFIER_PATH = Path(__file__).resolve().parents[1] / "pretrained_models" / "fashion_classifier.safetensors"
+CLASSIFIER_PATH = Path(__file__).resolve().parents[2] / "pretrained_models" / "fashion_classifier.safetensors"
 FEATURE_EXTRACTOR_NAME = "fashion-classifier"
 FEATURES_DIM = 128
 PIXEL_MEAN, PIXEL_STD = 0.286, 0.353  # of Fashion-MNIST's 28 x 28 training images, in [0, 1]

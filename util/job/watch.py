@@ -14,7 +14,7 @@ from typing import Callable
 
 import torch.distributed as dist
 
-from util.signals import StopSignals
+from util.job.signals import StopSignals
 
 TICK_SECONDS = 1.0
 POLL_SECONDS = 0.1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import MAR, CachePolicy, ImageNoise, sample_tokens
-from models.plan import Step, make_plan
+from models.lazymar.plan import Step, make_plan
 
 MAX_DISTANCE = CachePolicy().refresh_interval  # steps over which differences are compared
 ROW_GROUPS = ("predicted at the step before", "predicted at this step", "all others")

@@ -26,10 +26,10 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 
-from util.environment import launch_name
 from util.errors import InputError
 from util.files import atomic_write
-from util.images import encode_png
+from util.machine import launch_name
+from util.runs.images import encode_png
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 READERS = 16  # files examined side by side: on a network drive each costs a wait rather than work

@@ -21,9 +21,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from util.download import FILES, OUTPUT_DIR, looks_like_web_page
 from util.errors import InputError, why_unreadable
 from util.files import atomic_write, file_digest
+from util.weights.download import FILES, OUTPUT_DIR, looks_like_web_page
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -143,7 +143,7 @@ def _download_command(file: Path) -> str | None:
         if file.match(remote.path):
             root = file.absolute().parents[len(Path(remote.path).parts) - 1]
             option = "" if root == Path(OUTPUT_DIR).absolute() else f" --output_dir {root}"
-            return f"fetch it with `python -m util.download {name}{option}`"
+            return f"fetch it with `python -m util.weights.download {name}{option}`"
     return None
 
 

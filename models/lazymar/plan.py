@@ -1,6 +1,6 @@
 """What a run computes at which step: the caching policy, and the plan that follows from it before the first step.
 
-`python -m models.plan --help` prints the plan of a run.
+`python -m models.lazymar --help` prints the plan of a run.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.head_sampling import HeadSampler
+from models.lazymar.head import HeadSampler
+from models.lazymar.plan import CachePolicy, make_plan
+from models.lazymar.sampler import Transformer
 from models.mar import MAR
-from models.plan import CachePolicy, make_plan
-from models.sampling import Transformer
 from models.vae import AutoencoderKL
 
 

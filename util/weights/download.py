@@ -1,4 +1,4 @@
-"""Fetch the public weights and reference statistics: `python -m util.download mar_base vae statistics`.
+"""Fetch the public weights and reference statistics: `python -m util.weights.download mar_base vae statistics`.
 
 A download that was cut off goes on where it stopped, and a file appears under its own name only when it is whole.
 """
@@ -238,7 +238,7 @@ def _host(remote: RemoteFile) -> str:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m util.download", description="Fetch public weights and reference statistics."
+        prog="python -m util.weights.download", description="Fetch public weights and reference statistics."
     )
     parser.add_argument("names", nargs="+", metavar="name", help=", ".join(FILES))
     parser.add_argument("--output_dir", type=Path, default=Path(OUTPUT_DIR), help=f"default: {OUTPUT_DIR}")
