@@ -131,13 +131,13 @@ def time_methods(
     runs, seconds, peaks = {}, {method: [] for method in args.methods}, {}
     with tqdm(total=len(args.methods) * (1 + args.repeats), desc=description, leave=False) as progress:
         for method in args.methods:
-            options = {"cache": METHODS[method], "compile": args.compile}
-            runs[method] = partial(Sampler(model, **settings, **options), labels, noise)
+            cache = METHODS[method]
+            runs[method] = partial(Sampler(model, **settings, cache=cache), labels, noise)
             if device.type == "cuda":
                 weights = sum(parameter.nbytes for parameter in model.parameters())
                 peaks[method] = weights + gpu_peak(runs[method], device)
             else:
-                sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, **options)
+                sample_tokens(model, labels, **{**settings, **CPU_WARMUP}, cache=cache)
             progress.update()
         for _ in range(args.repeats):
             for method, run in runs.items():
@@ -250,7 +250,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_iter", nargs="+", type=int, default=[64], metavar="N", help="autoregressive steps")
     parser.add_argument("--dtypes", nargs="+", default=["auto"], choices=("auto", *DTYPES), metavar="DTYPE")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--compile", action="store_true", help="fuse the head's small operations with torch.compile")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
     parser.add_argument("--num_sampling_steps", type=int, default=100)
     parser.add_argument("--profile", action="store_true", help="print, too, what takes longest in the last method")
@@ -279,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         check(Options(model=name, num_iter=num_iter, num_sampling_steps=args.num_sampling_steps))
     device = choose_device(args.device)
     environment, results = describe(device), []
-    title = f"{processor_name(device)}, PyTorch {environment['torch']}{', head compiled' * args.compile}"
+    title = f"{processor_name(device)}, PyTorch {environment['torch']}"
     print(f"{title}; random weights; FLOPs: encoder + decoder + head")
     for dtype in dict.fromkeys(dtype_name(choose_dtype(name, device)) for name in args.dtypes):  # each once
         rate = matmul_rate(device, DTYPES[dtype])

@@ -151,7 +151,6 @@ def generate(
         cfg_schedule=options.cfg_schedule,
         temperature=options.temperature,
         cuda_graphs=options.cuda_graphs,
-        compile=options.compile,
     )
     for number in job.claim(unfinished):
         batch = run.known(number)

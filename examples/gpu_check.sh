@@ -21,7 +21,6 @@ try nvidia-smi
 try "$python" -m pytest -q tests/test_cuda.py
 huge=(benchmark.py --device cuda --models mar_huge)
 try "$python" "${huge[@]}" --batch_sizes 1 128 --repeats 2 --output "$out/huge.json"
-try "$python" "${huge[@]}" --batch_sizes 1 128 --repeats 2 --methods LazyMAR --compile --output "$out/compiled.json"
 try "$python" "${huge[@]}" --batch_sizes 256 --repeats 1 --methods LazyMAR --output "$out/batch_256.json"
 try "$python" "${huge[@]}" --batch_sizes 128 --repeats 1 --methods LazyMAR --num_iter 16 --profile
 try "$python" benchmark.py --device cuda --models mar_base mar_large --output "$out/smaller.json"

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from diffusion.ancestral import denoise
 from diffusion.schedule import NoiseSchedule
 from models.diffloss import DiffusionHead, ResidualBlock, modulate
-from models.fusion import Fused
 from models.lazymar.plan import CachePolicy, HeadStep, make_head_plan
 from models.linear import Linear
 
@@ -90,11 +89,8 @@ class HeadSampler:
         guided: bool,
         policy: CachePolicy | None,
         dtype: torch.dtype,
-        compile: bool = False,
     ) -> None:
         self.head, self.temperature, self.guided = head, temperature, guided
-        elementwise = modulated_norm, denoise
-        self.modulated_norm, self.denoise = map(Fused, elementwise) if compile else elementwise
         kinds = make_head_plan(num_sampling_steps, policy)
         self.kinds = [(kind, len(list(steps))) for kind, steps in groupby(kinds)]
         skipped = policy.head_skipped_blocks if policy is not None and policy.head_cache else ()
@@ -152,7 +148,7 @@ class HeadSampler:
                         h = F.linear(x, self.input_weight, self.input_bias)
                         h = self._blocks(kind, h, [layer[step] for layer in of_blocks], cache)
                     eps, v = self._predict(kind, h, modulation, cache)
-                    x = self.denoise(x, eps, v, cache.difference, guidance, *next(draws), self.temperature)
+                    x = denoise(x, eps, v, cache.difference, guidance, *next(draws), self.temperature)
         return x
 
     def _blocks(self, kind: str, h: Tensor, modulations: Sequence[Tensor], cache: HeadCache) -> Tensor:
@@ -189,12 +185,12 @@ class HeadSampler:
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         block: ResidualBlock = self.head.res_blocks[number]
         dtype = block.mlp[0].weight.dtype
-        return block.mlp(self.modulated_norm(h, *self.norms[number], block.in_ln.eps, shift, scale, dtype))
+        return block.mlp(modulated_norm(h, *self.norms[number], block.in_ln.eps, shift, scale, dtype))
 
     def _predict(self, kind: str, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
         """The conditional eps and v, each [n, C], from the blocks' output; the difference to guide by is cached."""
         norm_eps = self.head.final_layer.norm_final.eps
-        normed = self.modulated_norm(h, None, None, norm_eps, *modulation.chunk(2, dim=-1), h.dtype)
+        normed = modulated_norm(h, None, None, norm_eps, *modulation.chunk(2, dim=-1), h.dtype)
         eps, v = F.linear(normed, *self.output_layer).chunk(2, dim=-1)
         if kind == HeadStep.FULL and self.guided:
             eps, unconditional = eps.chunk(2)

@@ -333,7 +333,6 @@ class Sampler:
         num_sampling_steps: of the diffusion head, 2 to 1000.
         cache:              LazyMAR's policy, or None for the baseline.
         cuda_graphs:        whether to record them, on a GPU.
-        compile:            whether to fuse the head's elementwise work with `torch.compile`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -350,7 +349,6 @@ class Sampler:
         num_sampling_steps: int = 100,
         cache: CachePolicy | None = None,
         cuda_graphs: bool = True,
-        compile: bool = False,
     ) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
@@ -361,9 +359,7 @@ class Sampler:
         self.plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, cfg_schedule, cache)
         with torch.inference_mode():
             self.guidance = torch.tensor([step.cfg - 1 for step in self.plan], dtype=self.dtype, device=self.device)
-            self.head = HeadSampler(
-                model.diffloss.net, num_sampling_steps, temperature, self.guided, cache, self.dtype, compile
-            )
+            self.head = HeadSampler(model.diffloss.net, num_sampling_steps, temperature, self.guided, cache, self.dtype)
         self.record: Callable[[], Recorder] | None = (
             partial(CudaRecorder, self.device) if cuda_graphs and self.device.type == "cuda" else None
         )

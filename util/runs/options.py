@@ -38,7 +38,6 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     cuda_graphs: bool = True
-    compile: bool = False
     resume: Path | None = None  # MAR's weights
     vae_path: Path | None = None
     statistics: Path | None = None
@@ -78,7 +77,6 @@ class Options:
             **{name: getattr(self, name) for name in [*names, "num_sampling_steps", "seed"]},
             "device": device.type,
             "dtype": dtype_name(dtype),
-            "compile": self.compile,
             "lazy_mar": self.cache is not None,
             "cache": dataclasses.asdict(self.cache) if self.cache else {},
             "sampler_version": SAMPLER_VERSION,
@@ -159,7 +157,6 @@ def parse_options(description: str, arguments: Sequence[str] | None = None) -> O
     add("--device", default=default.device, choices=("auto", "cpu", "cuda"))
     add("--dtype", default=default.dtype, choices=("auto", *DTYPES))
     parser.add_switch("cuda_graphs", default.cuda_graphs, "on a GPU, record each step once and replay it")
-    add("--compile", action="store_true", help="on a GPU, fuse the head's small operations with torch.compile")
     add("--resume", type=Path, help="the model's weights: a file, or a folder with checkpoint-last.pth")
     add("--vae_path", type=Path, help="the VAE's weights")
     add("--statistics", type=Path, help="mu and sigma of the images that FID compares with (.npz)")
