@@ -515,7 +515,7 @@ def test_flags_at_random_never_end_in_a_traceback():
     chance = random.Random(0)
     names = [
         option
-        for option in Path(program.__file__).with_name("util").joinpath("options.py").read_text().split('"')
+        for option in Path(program.__file__).with_name("util").joinpath("runs", "options.py").read_text().split('"')
         if option.startswith("--") and " " not in option
     ]
     names += [
