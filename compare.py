@@ -15,7 +15,7 @@ from PIL import Image
 
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
-from util.runs.images import contact_sheet, encode_png
+from util.runs.images import encode_png, image_grid
 
 PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40
 ROWS_SHOWN = (  # label, key in metrics.json, factor, format
@@ -70,12 +70,12 @@ def side_by_side(baseline: Path, other: Path, count: int) -> np.ndarray:
     names = [name for name in names if (other / "images" / name).exists()][:count]
     if not names:
         raise InputError(f"{baseline} and {other} have no images in common: run both with --save_images")
-    sheet = []
+    images = []
     for start in range(0, len(names), PAIRS_PER_ROW):
         for folder in (baseline, other):
             for name in names[start : start + PAIRS_PER_ROW]:
-                sheet.append(np.array(Image.open(folder / "images" / name)))
-    return contact_sheet(sheet, columns=min(PAIRS_PER_ROW, len(names)))
+                images.append(np.array(Image.open(folder / "images" / name)))
+    return image_grid(images, columns=min(PAIRS_PER_ROW, len(names)))
 
 
 @exits_cleanly

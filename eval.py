@@ -36,16 +36,16 @@ from util import machine
 from util.errors import InputError
 from util.job.processes import Job, launch
 from util.job.progress import Progress, StepProgress
-from util.job.threads import Writers, map_images
 from util.job.watch import command_line, nothing
+from util.job.writers import Writers
 from util.runs.folder import Batch, RunFolder, prepare
-from util.runs.images import contact_sheet, decode, encode_png, to_uint8
+from util.runs.images import decode, encode_png, image_grid, map_images, to_pixels
 from util.runs.memory import check_memory, out_of_memory_explained
 from util.runs.options import Options, check, parse_options
 from util.scoring.scores import FEATURES_DIMS, Extractor, Statistics, load_extractor, score
 from util.weights.checkpoint import LoadedWeights, load_weights
 
-SHEET_IMAGES = 80  # on the contact sheet: 8 of each class where there are 10
+GRID_IMAGES = 80  # in grid.png: 8 of each class where there are 10
 VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
 
 
@@ -78,7 +78,7 @@ def evaluate(job: Job, options: Options) -> dict:
         batch_size=options.eval_bsz,
         image_size=options.shape.img_size,
         extractor=extractor and f"{kind} {machine.weights_digest(extractor.network)}",
-        saved=lambda index: options.save_images or index < SHEET_IMAGES,
+        saved=lambda index: options.save_images or index < GRID_IMAGES,
     )
 
     def begin() -> list[int]:
@@ -89,7 +89,7 @@ def evaluate(job: Job, options: Options) -> dict:
     def finish() -> dict:
         metrics = summarise(run, options, reference, extractor)
         metrics.update(settings=settings, environment=machine.describe(device))
-        write_sheet(run, options)
+        write_grid(run, options)
         run.write("metrics.json", json.dumps(metrics, indent=2).encode())
         return metrics
 
@@ -169,7 +169,7 @@ def generate(
                 sampled = time.perf_counter()
                 images = decode(vae, latents / model.latent_scale)
                 check_finite(images, "decoded pixels", batch.indices)
-                batch.pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                batch.pixels = to_pixels(images)
             batch.sample_seconds, batch.decode_seconds = sampled - start, time.perf_counter() - sampled
             made[len(indices)] += 1
         yield batch
@@ -261,12 +261,12 @@ def summarise(run: RunFolder, options: Options, reference: Statistics | None, ex
     return metrics
 
 
-def write_sheet(run: RunFolder, options: Options) -> None:
+def write_grid(run: RunFolder, options: Options) -> None:
     """`grid.png`: the first images, by class, or all the chosen ones as they were asked for."""
-    labels, shown = options.labels(), range(min(SHEET_IMAGES, run.num_images))
+    labels, shown = options.labels(), range(min(GRID_IMAGES, run.num_images))
     if options.class_labels is None:
         shown = sorted(shown, key=lambda index: labels[index])
-    run.write("grid.png", encode_png(contact_sheet([run.read_image(index) for index in shown])))
+    run.write("grid.png", encode_png(image_grid([run.read_image(index) for index in shown])))
 
 
 def main(job: Job) -> None:

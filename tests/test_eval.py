@@ -220,8 +220,8 @@ def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["timed_images"] == NUM_IMAGES - BATCH_SIZE
 
 
-def test_without_images_only_those_of_the_sheet_are_written(tmp_path, command, monkeypatch, whole):
-    monkeypatch.setattr(program, "SHEET_IMAGES", 3)
+def test_without_images_only_those_of_the_grid_are_written(tmp_path, command, monkeypatch, whole):
+    monkeypatch.setattr(program, "GRID_IMAGES", 3)
     assert run(command(tmp_path / "run", "--no_save_images")) == 0
     assert images(tmp_path / "run").keys() == {"000000.png", "000001.png", "000002.png"}
     assert scores(tmp_path / "run") == scores(whole)

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import eval as program
 from models import MAR, AutoencoderKL, CachePolicy, Sampler, cast_model, create_model
-from util.job.threads import map_images
-from util.runs.images import decode, to_uint8
+from util.runs.images import decode, map_images, to_uint8
 from util.runs.options import check, parse_options
 from util.scoring.scores import Extractor
 from util.weights import checkpoint

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from models import PRESETS, AutoencoderKL
 from models.lazymar.plan import Step
 from util.errors import InputError
 from util.job.processes import Job, Stopped, launch
 from util.job.progress import Progress, StepProgress
-from util.job.threads import Writers, map_images
+from util.job.writers import Writers
 from util.runs.folder import Batch, RunFolder, prepare
-from util.runs.images import contact_sheet, to_uint8
+from util.runs.images import decode, image_grid, map_images, to_uint8
 
 SETTINGS = {"seed": 0, "class_labels": (1, 2), "cache": {"start_step": 5}}
 
@@ -145,12 +146,12 @@ def test_pixels_are_rounded_to_the_nearest():
     assert to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 
-def test_the_contact_sheet_shows_each_image_in_its_place():
+def test_the_grid_shows_each_image_in_its_place():
     images = [np.full((4, 4, 3), shade, np.uint8) for shade in range(10, 60, 10)]
-    sheet = contact_sheet(images, columns=3, gap=2, min_size=8)
-    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
-    assert [sheet[5 + 10 * (n // 3), 5 + 10 * (n % 3), 0] for n in range(6)] == [10, 20, 30, 40, 50, 255]
-    assert sheet[:2].min() == 255
+    grid = image_grid(images, columns=3, gap=2, min_size=8)
+    assert grid.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
+    assert [grid[5 + 10 * (n // 3), 5 + 10 * (n % 3), 0] for n in range(6)] == [10, 20, 30, 40, 50, 255]
+    assert grid[:2].min() == 255
 
 
 def test_images_keep_their_order_over_threads():
@@ -158,6 +159,18 @@ def test_images_keep_their_order_over_threads():
     threads = torch.get_num_threads()
     assert torch.equal(torch.cat(map_images(lambda part: part * 2, images)), images * 2)
     assert torch.get_num_threads() == threads
+
+
+def test_a_decoded_image_depends_neither_on_threads_nor_on_its_batch():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**PRESETS["mar_tiny"].vae).eval()
+    latents, threads = torch.randn(3, 2, 16, 16), torch.get_num_threads()
+    decoded = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        decoded += [decode(vae, latents), torch.cat([decode(vae, one) for one in latents.split(1)])]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(images, decoded[0]) for images in decoded)
 
 
 def test_writers_are_bounded_and_report_what_went_wrong():

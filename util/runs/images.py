@@ -1,50 +1,81 @@
-"""Pixels: from latents to uint8, PNG bytes, and a sheet of many images."""
+"""Images: from latents to pixels, from pixels to PNG files, and a grid of many images in one."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from models import AutoencoderKL
-from util.job.threads import map_images
+
+T = TypeVar("T")
+
+IMAGES_AT_ONCE = 16  # in a convolutional network on a GPU, which bounds its activations
 
 
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, H, W] float32, in about [-1, 1], of the VAE's latents [B, C, h, w], in parts that fit."""
+def map_images(network: Callable[[Tensor], T], images: Tensor) -> list[T]:
+    """Apply a convolutional network to a batch [B, ...] in parts; return its results in order.
+
+    On a CPU a part is one image, computed by one thread. A convolution rounds differently when several threads share
+    it, and for many images at a time; an image must depend neither on the processes that divide a machine nor on the
+    images beside it.
+    """
+    if images.device.type != "cpu":
+        return [network(part) for part in images.split(IMAGES_AT_ONCE)]
+    num_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(network, images.split(1)))
+    finally:
+        torch.set_num_threads(num_threads)  # part of the setting is shared by all threads
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Decode the VAE's latents [B, C, h, w] to images [B, 3, H, W] float32, in about [-1, 1].
+
+    The latents that a sampler makes are at unit scale: divide them by `model.latent_scale` first.
+    """
     dtype = vae.post_quant_conv.weight.dtype
 
     @torch.inference_mode()  # the mode does not extend to other threads by itself
-    def decode_part(part: torch.Tensor) -> torch.Tensor:
+    def decode_part(part: Tensor) -> Tensor:
         return vae.decode(part.to(dtype, memory_format=torch.channels_last)).float()
 
     return torch.cat(map_images(decode_part, latents))
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images of about [-1, 1] as pixels 0 to 255, rounded to the nearest; the shape stays."""
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images of about [-1, 1] to the nearest of 0 to 255; the shape stays."""
     return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Convert images [B, 3, H, W] of about [-1, 1], on any device, to pixels [B, H, W, 3] uint8, as in a PNG."""
+    return to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
-    """The PNG file of an image, uint8 [H, W, 3]."""
+    """Encode one image [H, W, 3] uint8 as a PNG file."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG")
     return stream.getvalue()
 
 
-def contact_sheet(images: Sequence[np.ndarray], columns: int = 8, gap: int = 2, min_size: int = 64) -> np.ndarray:
-    """Images, uint8 [H, W, 3] each, side by side on white in rows of `columns`; small ones are enlarged."""
+def image_grid(images: Sequence[np.ndarray], columns: int = 8, gap: int = 2, min_size: int = 64) -> np.ndarray:
+    """Lay out images [H, W, 3] uint8 in rows of `columns`, on white; those below `min_size` pixels are enlarged."""
     height, width = images[0].shape[:2]
     scale = max(1, min_size // height)
     rows, columns = -(-len(images) // columns), min(columns, len(images))
     cell_height, cell_width = scale * height + gap, scale * width + gap
-    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 255, np.uint8)
+    grid = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 255, np.uint8)
     for number, image in enumerate(images):
         top, left = number // columns * cell_height + gap, number % columns * cell_width + gap
         enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
-        sheet[top : top + scale * height, left : left + scale * width] = enlarged
-    return sheet
+        grid[top : top + scale * height, left : left + scale * width] = enlarged
+    return grid

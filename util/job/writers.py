@@ -1,17 +1,10 @@
-"""Work that goes to a few threads."""
+"""Writing in the background: files are written by a few threads while the next ones are being made."""
 
 from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, TypeVar
-
-import torch
-from torch import Tensor
-
-T = TypeVar("T")
-
-IMAGES_AT_ONCE = 16  # in a convolutional network on a GPU, which bounds its activations
+from typing import Callable
 
 
 class Writers:
@@ -38,19 +31,3 @@ class Writers:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
-
-
-def map_images(network: Callable[[Tensor], T], images: Tensor) -> list[T]:
-    """`network` of a batch [B, ...] in parts, in order.
-
-    On a CPU each image has a thread to itself. A convolution that several threads share rounds differently with their
-    number, and an image must not depend on how many processes divide a machine.
-    """
-    if images.device.type != "cpu":
-        return [network(part) for part in images.split(IMAGES_AT_ONCE)]
-    num_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(network, images.split(1)))
-    finally:
-        torch.set_num_threads(num_threads)  # part of the setting is shared by all threads
