@@ -286,9 +286,10 @@ def test_a_job_of_one_needs_no_launcher(monkeypatch):
 
     def work(job: Job) -> None:
         seen.append((job.rank, job.world_size, list(job.claim("abc")), job.gather(1), job.share(lambda: {"a": 2})))
+        seen.append(job.share(lambda: {3: (1, None)}))
 
     assert launch(work) == 0
-    assert seen == [(0, 1, ["a", "b", "c"], [1], {"a": 2})]
+    assert seen == [(0, 1, ["a", "b", "c"], [1], {"a": 2}), {"3": [1, None]}]  # what other ranks would get, too
 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("x"), 2), (Stopped(15), 143), (ValueError("x"), 1)])

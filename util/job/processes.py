@@ -60,13 +60,14 @@ class Job:
             raise Stopped(self.watch.stop_signal)
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make()` returns, on all ranks; only rank 0 calls it."""
+        """Broadcast what `make()` returns on rank 0, the only one to call it. All ranks get the same: what JSON made of it.
+
+        Tuples come back as lists, and keys as strings, on rank 0 too.
+        """
         key = self._next_key()
-        if self.rank != 0:
-            return json.loads(self._wait_for(key))
-        value = make()
-        put(self.watch.store, key, json.dumps(value))
-        return value
+        if self.rank == 0:
+            put(self.watch.store, key, json.dumps(make()))
+        return json.loads(self._wait_for(key))
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """`make()` of each rank, whatever it returns: rank 0 calls it first, then the others."""
