@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import evaluate, load_models
+from eval import evaluate
 from models import PRESETS, CachePolicy
 from models.lazymar.flops import Flops
 from models.lazymar.plan import make_plan
@@ -33,10 +33,11 @@ from util.reproduction.jackknife import groups_of_images, jackknife
 from util.reproduction.redundancy import measure_redundancy
 from util.reproduction.results import Results
 from util.reproduction.timing import random_model, time_sampling
-from util.runs.folder import RunFolder
 from util.runs.memory import memory_needed
 from util.runs.options import Options, check
+from util.runs.run import run_folder
 from util.scoring.scores import FEATURES_DIMS, Statistics, load_extractor, score
+from util.weights.models import load_model
 
 METHODS = {"baseline": None, "lazymar": CachePolicy()}
 METHOD_NAMES = {"baseline": "baseline", "lazymar": "LazyMAR"}
@@ -235,7 +236,8 @@ class Reproduction:
             if missing_file(options) or (previous and previous["inputs"] == inputs):
                 return
             print(f"\n{model}: similarity between steps, over {REDUNDANCY_IMAGES} images", flush=True)
-            network, _, _ = load_models(options, self.device, torch.float32)
+            paths = {"weights": options.resume, "vae_weights": options.vae_path}
+            network, _ = load_model(options.model, self.device, torch.float32, **paths)
             settings = {key: value for key, value in options.sampling.items() if key != "cache"}
             measured = measure_redundancy(network, num_images=REDUNDANCY_IMAGES, seed=options.seed, **settings)
             self.write(name, {"model": model, "inputs": inputs, **measured})
@@ -335,12 +337,6 @@ def missing_file(options: Options) -> str | None:
         except InputError as error:
             return str(error)
     return None
-
-
-def run_folder(options: Options) -> RunFolder:
-    """A run that is finished, or whose files are to be looked at."""
-    size = options.shape.img_size
-    return RunFolder(options.output_dir, options.num_images, options.eval_bsz, size, None, lambda index: True)
 
 
 def read_run(options: Options, count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

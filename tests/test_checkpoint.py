@@ -10,16 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
+from models import PRESETS, CachePolicy, sample_tokens
 from util.errors import InputError
 from util.files import atomic_write, file_digest
+from util.runs.images import decode, to_pixels
 from util.weights.checkpoint import load_weights, save_safetensors
 from util.weights.download import FILES, OUTPUT_DIR
+from util.weights.models import load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +70,6 @@ def test_ema_weights_of_a_training_checkpoint_are_preferred(tmp_path, zip_format
     loaded = load_weights(network, path, what="mar_tiny")
     assert_holds(network, random_weights(2))
     assert (loaded.path, loaded.entry) == (path, "model_ema")
-    assert loaded.sha256() == file_digest(path)
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -343,6 +346,22 @@ def test_loading_takes_the_memory_of_the_network_not_of_the_file(tmp_path, name,
     path.unlink()
     network = {"float32": 64, "bfloat16": 32}[dtype]
     assert network - 4 < float(output) < network + 4 + 8  # one tensor more, and the reader's own
+
+
+def test_a_loaded_model_and_its_vae_make_pixels_of_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the preset's weights are found from anywhere
+    model, vae = load_model("mar_tiny", "cpu", torch.float32)
+    settings = {"num_iter": 8, "cfg": 3.0, "num_sampling_steps": 20, "cache": CachePolicy(start_step=2)}
+    pixels = to_pixels(decode(vae, sample_tokens(model, torch.tensor([1, 8]), **settings) / model.latent_scale))
+    assert (pixels.shape, pixels.dtype) == ((2, 32, 32, 3), np.uint8)
+    assert np.median(pixels[:, 0]) < 10 < pixels[:, 8:24, 8:24].mean()  # a garment on black
+    model, vae = load_model("mar_tiny", "cpu", torch.bfloat16)
+    assert model.mask_token.dtype == vae.post_quant_conv.weight.dtype == torch.bfloat16
+    assert model.diffloss.net.input_proj.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="unknown model 'mar_giant'"):
+        load_model("mar_giant")
+    with pytest.raises(InputError, match="is a mar_tiny checkpoint, not mar_base"):
+        load_model("mar_base", weights=ROOT / PRESETS["mar_tiny"].checkpoint)
 
 
 def test_saving_replaces_the_old_file_whole_and_keeps_metadata(tmp_path):

@@ -221,7 +221,7 @@ def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole
 
 
 def test_without_images_only_those_of_the_grid_are_written(tmp_path, command, monkeypatch, whole):
-    monkeypatch.setattr(program, "GRID_IMAGES", 3)
+    monkeypatch.setattr("util.runs.run.GRID_IMAGES", 3)
     assert run(command(tmp_path / "run", "--no_save_images")) == 0
     assert images(tmp_path / "run").keys() == {"000000.png", "000001.png", "000002.png"}
     assert scores(tmp_path / "run") == scores(whole)

@@ -13,12 +13,10 @@ import torch_fidelity
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-import eval as program
 from models import MAR, AutoencoderKL, CachePolicy, Sampler, cast_model, create_model
 from util.runs.images import decode, map_images, to_uint8
-from util.runs.options import check, parse_options
 from util.scoring.scores import Extractor
-from util.weights import checkpoint
+from util.weights import checkpoint, models
 
 GPU = torch.device("cuda", 0)
 BATCH, STEPS = 128, 64
@@ -121,9 +119,8 @@ def test_inceptions_features(no_values, tmp_path, monkeypatch) -> None:
 
 
 def test_the_loaded_models_are_on_the_gpu(files_without_values, monkeypatch) -> None:
-    monkeypatch.setattr(program, "for_inference", lambda vae, dtype: vae)  # `Module.to` cannot convert such tensors
-    options = check(parse_options("", ["--model", "mar_tiny", "--lazy_mar"]))
-    model, vae, _ = program.load_models(options, GPU, torch.bfloat16)
+    monkeypatch.setattr(models, "for_inference", lambda vae, dtype: vae)  # `Module.to` cannot convert such tensors
+    model, vae = models.load_model("mar_tiny", GPU, torch.bfloat16)
     assert {parameter.device for network in (model, vae) for parameter in network.parameters()} == {GPU}
     assert model.encoder_blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     assert model.diffloss.net.input_proj.weight.dtype == torch.float32

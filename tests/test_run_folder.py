@@ -17,28 +17,37 @@ from util.errors import InputError
 from util.job.processes import Job, Stopped, launch
 from util.job.progress import Progress, StepProgress
 from util.job.writers import Writers
-from util.runs.folder import Batch, RunFolder, prepare
+from util.runs.folder import Batch, RunFolder, open_folder
 from util.runs.images import decode, image_grid, map_images, to_uint8
 
 SETTINGS = {"seed": 0, "class_labels": (1, 2), "cache": {"start_step": 5}}
 
 
 def make_batch(run: RunFolder, number: int) -> Batch:
-    indices = run.indices(number)
+    indices, labels = run.indices(number), [index % 3 for index in run.indices(number)]
     chance = np.random.default_rng(number)
     pixels = chance.integers(0, 256, (len(indices), 8, 8, 3), dtype=np.uint8)
     features = np.full((len(indices), 4), number, np.float32)
     return Batch(
-        number, indices, pixels, features, features[:, :2], sample_seconds=0.5, first=number == 0, worker="here"
+        number,
+        indices,
+        labels,
+        pixels=pixels,
+        features=features,
+        logits=features[:, :2],
+        sample_seconds=0.5,
+        first=number == 0,
+        worker="here",
     )
 
 
 @pytest.fixture
 def run(tmp_path) -> RunFolder:
     """A run of 7 images in batches of 3, of which two are done."""
-    run = RunFolder(tmp_path / "run", 7, 3, image_size=8, extractor="kind digest", saved=lambda index: True)
-    prepare(run.path, SETTINGS)
-    assert run.begin(SETTINGS, {"torch": "2"}) == [0, 1, 2]
+    labels = [0, 1, 2, 0, 1, 2, 0]
+    run = RunFolder(tmp_path / "run", labels, 3, image_size=8, extractor="name digest", saved=lambda index: True)
+    assert open_folder(run.path, SETTINGS, {"torch": "2"}) == SETTINGS
+    assert run.unfinished() == [0, 1, 2]
     for number in (0, 2):
         run.save(make_batch(run, number))
     return run
@@ -46,33 +55,53 @@ def run(tmp_path) -> RunFolder:
 
 def test_what_was_saved_is_read_again(run):
     assert run.unfinished() == [1]
-    assert run.begin(SETTINGS, {"torch": "2"}) == [1]
+    open_folder(run.path, SETTINGS, {"torch": "2"})
+    assert run.unfinished() == [1]
     batch = run.read(2)
-    assert batch.indices == range(6, 7) and batch.features.tolist() == [[2, 2, 2, 2]] and batch.logits.shape == (1, 2)
+    assert (
+        (batch.indices, batch.labels) == (range(6, 7), [0])
+        and batch.features.tolist() == [[2, 2, 2, 2]]
+        and batch.logits.shape == (1, 2)
+    )
     assert (batch.sample_seconds, batch.first, batch.worker) == (0.5, False, "here") and np.isnan(batch.decode_seconds)
     assert np.array_equal(run.read_pixels(2), make_batch(run, 2).pixels)
-    assert run.read_pixels(1) is None and run.known(1).features is None
+    assert np.array_equal(run.resume(2).pixels, make_batch(run, 2).pixels) and run.resume(2).features is not None
+    assert run.read_pixels(1) is None and run.resume(1) == Batch(1, range(3, 6), [0, 1, 2])
 
 
 def test_other_settings_are_named(run):
-    prepare(run.path, {"seed": 0})
+    open_folder(run.path, {"seed": 0}, {})
     with pytest.raises(InputError, match=r"seed 0 there, 1 now; cache\.start_step 5 there, 4 now\)"):
-        prepare(run.path, {**SETTINGS, "seed": 1, "cache": {"start_step": 4}})
+        open_folder(run.path, {**SETTINGS, "seed": 1, "cache": {"start_step": 4}}, {})
     with pytest.raises(InputError, match=r"class_labels \[1, 2\] there, \[2, 1\] now"):
-        prepare(run.path, {**SETTINGS, "class_labels": (2, 1)})
+        open_folder(run.path, {**SETTINGS, "class_labels": (2, 1)}, {})
+
+
+def test_settings_that_take_work_are_compared_last(run):
+    def digests() -> dict:
+        computed.append(True)
+        return {"sha256 of the VAE": "b"}
+
+    computed: list[bool] = []
+    content = {"settings": {**SETTINGS, "sha256 of the VAE": "a"}, "environment": {}}
+    (run.path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="seed 0 there, 1 now"):
+        open_folder(run.path, {**SETTINGS, "seed": 1}, {}, digests=digests)
+    assert not computed
+    with pytest.raises(InputError, match="sha256 of the VAE a there, b now"):
+        open_folder(run.path, SETTINGS, {}, digests=digests)
 
 
 def test_a_run_of_another_version_of_the_sampler_is_refused(run):
     with pytest.raises(InputError, match=r"version 1 of the sampler, and version 2 makes other images: finish it with"):
-        prepare(run.path, {**SETTINGS, "sampler_version": 2})
-    prepare(run.path, {**SETTINGS, "sampler_version": 1})
+        open_folder(run.path, {**SETTINGS, "sampler_version": 2}, {})
+    open_folder(run.path, {**SETTINGS, "sampler_version": 1}, {})
 
 
 def test_changed_code_is_said_and_the_run_goes_on(run, capsys):
     for before, now in (("abc", "def"), ("abc", "abc")):
         (run.path / "run.json").write_text(json.dumps({"settings": SETTINGS, "environment": {"code": before}}))
-        prepare(run.path, SETTINGS)
-        assert run.begin(SETTINGS, {"code": now}) == [1]
+        open_folder(run.path, SETTINGS, {"code": now})
         assert ("rounded differently (code abc there, def now)" in capsys.readouterr().out) == (before != now)
 
 
@@ -81,45 +110,45 @@ def test_a_run_from_before_there_were_versions_goes_on_as_the_first_one(run, cap
     written = json.dumps({"settings": {**SETTINGS, **code}, "environment": {"torch": "2"}})
     (run.path / "run.json").write_text(written)
     settings = {**SETTINGS, "sampler_version": 1}
-    prepare(run.path, settings)
-    assert run.begin(settings, {"torch": "2", "code": "def"}) == [1]
+    open_folder(run.path, settings, {"torch": "2", "code": "def"})
+    assert run.unfinished() == [1]
     assert f"code {code.get('code', 'unknown')} there, def now" in capsys.readouterr().out
     assert (run.path / "run.json").read_text() == written, "how the run began is lost"
     with pytest.raises(InputError, match="version 1 of the sampler"):
-        prepare(run.path, {**SETTINGS, "sampler_version": 2})
+        open_folder(run.path, {**SETTINGS, "sampler_version": 2}, {})
 
 
 def test_a_folder_without_a_finished_batch_takes_new_settings(run):
     for file in (run.path / "batches").iterdir():
         file.unlink()
-    prepare(run.path, {"seed": 1})
-    run.begin({"seed": 1}, {})
+    open_folder(run.path, {"seed": 1}, {})
     for number in range(3):
         run.save(make_batch(run, number))
     with pytest.raises(InputError, match="seed 1 there, 0 now"):
-        prepare(run.path, SETTINGS)
+        open_folder(run.path, SETTINGS, {})
 
 
 def test_overwriting_leaves_what_is_not_of_the_run(run):
     (run.path / "notes.txt").write_text("mine")
     (run.path / "images" / "holiday.jpg").write_text("mine too")
-    prepare(run.path, {"seed": 1}, overwrite=True)
-    assert sorted(path.name for path in run.path.rglob("*.*")) == ["holiday.jpg", "notes.txt"]
+    open_folder(run.path, {"seed": 1}, {}, overwrite=True)
+    assert sorted(path.name for path in run.path.rglob("*.*")) == ["holiday.jpg", "notes.txt", "run.json"]
+    assert json.loads((run.path / "run.json").read_text())["settings"] == {"seed": 1}
 
 
 def test_a_damaged_settings_file_is_named(run):
     (run.path / "run.json").write_text('{"settings": ')
     with pytest.raises(InputError, match=r"run\.json is damaged .* --overwrite"):
-        prepare(run.path, SETTINGS)
+        open_folder(run.path, SETTINGS, {})
 
 
 def test_another_environment_is_said(run, capsys):
-    run.begin(SETTINGS, {"torch": "3", "processor": "new"})
+    open_folder(run.path, SETTINGS, {"torch": "3", "processor": "new"})
     assert "torch 2 there, 3 now" in capsys.readouterr().out
 
 
 def test_features_of_another_extractor_are_not_taken(run):
-    other = dataclasses.replace(run, extractor="kind other")
+    other = dataclasses.replace(run, extractor="name other")
     assert other.unfinished() == [0, 1, 2]
     assert dataclasses.replace(run, extractor=None).unfinished() == [1]
 
@@ -134,11 +163,12 @@ def test_a_record_with_a_flipped_bit_is_not_taken(run):
 
 
 def test_a_disk_too_small_is_refused_before_the_work(run):
-    huge = dataclasses.replace(run, num_images=3000, image_size=10**6)
+    huge = dataclasses.replace(run, labels=range(3000), image_size=10**6)
     with pytest.raises(InputError, match=r"needs about [\d.]+ GB more"):
-        huge.begin(SETTINGS, {"torch": "2"})
+        huge.check_disk(huge.unfinished())
     unsaved = dataclasses.replace(huge, saved=lambda index: False)
-    assert len(unsaved.begin(SETTINGS, {"torch": "2"})) == 999
+    unsaved.check_disk(unsaved.unfinished())
+    assert len(unsaved.unfinished()) == 999
 
 
 def test_pixels_are_rounded_to_the_nearest():

@@ -60,9 +60,9 @@ class Job:
             raise Stopped(self.watch.stop_signal)
 
     def share(self, make: Callable[[], T]) -> T:
-        """Broadcast what `make()` returns on rank 0, the only one to call it. All ranks get the same: what JSON made of it.
+        """Broadcast what `make()` returns on rank 0, which alone calls it.
 
-        Tuples come back as lists, and keys as strings, on rank 0 too.
+        All ranks, rank 0 too, get the value as it comes back from JSON: tuples as lists, keys as strings.
         """
         key = self._next_key()
         if self.rank == 0:

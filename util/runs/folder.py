@@ -1,12 +1,13 @@
 """The folder of one run: its settings, its images and what was measured on them, so that the run can be continued.
 
-    run.json             the settings that define the images, and the versions with which it began
+    run.json             the settings that define the images, and the versions with which the run began
     images/000000.png    one file per image
     batches/000000.npz   one file per batch, written after its images: their features and logits, sizes and times
-    grid.png, metrics.json
+    grid.png             the first images in one, when all are there
+    metrics.json         the run's scores and times, likewise
 
 Every file appears whole or not at all. An image depends on the settings and its number alone, so a batch that has
-lost a file is made again, and only what was lost is written.
+lost a file is made again, and only the lost file is written.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
+import torch
 from PIL import Image
 
 from util.errors import InputError
@@ -38,37 +41,48 @@ DISK_BLOCK = 4096  # bytes that a file takes at least
 
 @dataclass
 class Batch:
-    """Images that are made together. What is not known is None or nan."""
+    """Images that are made together. What is not known yet, or not any more, is None or nan."""
 
     number: int
     indices: range  # numbers of the images in the run
+    labels: Sequence[int]  # their classes
+    latents: torch.Tensor | None = None  # [n, C, h, w], as the sampler makes them
     pixels: np.ndarray | None = None  # uint8 [n, H, W, 3]
     features: np.ndarray | None = None  # float32 [n, F], for FID
     logits: np.ndarray | None = None  # float32 [n, K], for IS
     sample_seconds: float = math.nan
     decode_seconds: float = math.nan
     score_seconds: float = math.nan
-    first: bool = False  # in its process, or the second on a GPU: one-time costs are in the times
+    first: bool = False  # its times hold one-time costs: the first of its size, or the second, which a GPU captures
     worker: str = ""  # host and device
 
 
-RECORDED = [field.name for field in dataclasses.fields(Batch) if field.name not in ("number", "indices", "pixels")]
+NOT_RECORDED = ("number", "indices", "labels", "latents", "pixels")
+RECORDED = [field.name for field in dataclasses.fields(Batch) if field.name not in NOT_RECORDED]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run. `prepare` comes first."""
+    """The files of a run, in a folder that `open_folder` has made."""
 
     path: Path
-    num_images: int
+    labels: Sequence[int]  # the class of each image
     batch_size: int  # batch b holds the images b * batch_size and up
     image_size: int  # pixels per side
     extractor: str | None  # what the features must come from, by a name that changes with its weights; None: no scores
-    saved: Callable[[int], bool]  # whether an image's PNG is wanted, by its number
+    saved: Callable[[int], bool]  # says whether an image's PNG is wanted, given the image's number
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
 
     def indices(self, number: int) -> range:
         """Numbers of a batch's images."""
         return range(number * self.batch_size, min((number + 1) * self.batch_size, self.num_images))
+
+    def count_images(self, batches: Iterable[int]) -> int:
+        """The number of images in these batches."""
+        return sum(len(self.indices(number)) for number in batches)
 
     def batch_numbers(self) -> range:
         return range(-(-self.num_images // self.batch_size))
@@ -79,31 +93,7 @@ class RunFolder:
     def batch_path(self, number: int) -> Path:
         return self.path / "batches" / f"{number:06d}.npz"
 
-    # Beginning and continuing
-
-    def begin(self, settings: dict, environment: dict) -> list[int]:
-        """Write `run.json` if it is new, clear away what a killed process left, and return the unfinished batches.
-
-        Prints it if the environment (versions, code, processor) is another than that in which the run began.
-        Raises InputError if there is no room for what is missing.
-        """
-        there, began = _read(self.path)
-        if not there or _differences(there, settings):  # there is no run, or none that has finished a batch
-            content = {"settings": settings, "environment": environment, "begun_by": launch_name()}
-            self.write("run.json", json.dumps(content, indent=2).encode())
-        elif changed := _differences(began, environment):
-            print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
-        for folder in (self.path, self.path / "images", self.path / "batches"):
-            for file in folder.glob("*.partial"):
-                file.unlink(missing_ok=True)
-        unfinished = self.unfinished()
-        need, free = self._disk_need(unfinished), shutil.disk_usage(self.path).free
-        if need > free:
-            raise InputError(
-                f"--output_dir {self.path} needs about {need / 1e9:.3f} GB more, and {free / 1e9:.3f} GB are free: "
-                "make room, choose another folder, or give --no-save_images"
-            )
-        return unfinished
+    # What is there
 
     def unfinished(self) -> list[int]:
         """Numbers of the batches of which a file is missing or damaged."""
@@ -127,8 +117,17 @@ class RunFolder:
         wanted = [(index, size) for index, size in zip(self.indices(number), sizes) if self.saved(index)]
         return lengths == {count} and all(_is_whole(self.image_path(index), size) for index, size in wanted)
 
-    def _disk_need(self, batches: list[int]) -> int:
-        """Bytes, generously: the PNG of a photograph takes about 0.6 of its pixels, Inception's output 12 KB."""
+    def check_disk(self, unfinished: Sequence[int]) -> None:
+        """Raise InputError if there is no room for the files of these batches."""
+        need, free = self._disk_need(unfinished), shutil.disk_usage(self.path).free
+        if need > free:
+            raise InputError(
+                f"--output_dir {self.path} needs about {need / 1e9:.3f} GB more, and {free / 1e9:.3f} GB are free: "
+                "make room, choose another folder, or give --no-save_images"
+            )
+
+    def _disk_need(self, batches: Sequence[int]) -> int:
+        """Bytes that batches take, generously: a photograph's PNG 0.7 of its pixels, Inception's features 12.5 KB."""
         images = [index for number in batches for index in self.indices(number)]
         png = int(0.7 * 3 * self.image_size**2) + DISK_BLOCK
         features = 0 if self.extractor is None else 12_500
@@ -137,8 +136,8 @@ class RunFolder:
     # Reading and writing
 
     def write(self, name: str, content: bytes) -> None:
-        """Write one of the folder's files."""
-        if name != "run.json" and not (self.path / "run.json").exists():
+        """Write one of the folder's files. Raises OSError, also if the folder has gone, which is not made again."""
+        if not (self.path / "run.json").exists():
             raise FileNotFoundError(errno.ENOENT, "the folder of the run has gone", str(self.path))
         with atomic_write(self.path / name) as partial:
             partial.write_bytes(content)
@@ -160,41 +159,62 @@ class RunFolder:
         self.write(f"batches/{self.batch_path(batch.number).name}", record.getvalue())
 
     def read(self, number: int) -> Batch:
-        """What is known about a finished batch, without its pixels."""
+        """Read the record of a finished batch; its pixels are in its images."""
         with np.load(self.batch_path(number), allow_pickle=False) as record:
             values = {name: record[name] for name in RECORDED if name in record}
         values = {name: value if value.ndim else value.item() for name, value in values.items()}
-        return Batch(number, self.indices(number), **values)
+        return self._batch(number, **values)
 
-    def known(self, number: int) -> Batch:
-        """What is known about a batch, finished or not, without its pixels."""
+    def resume(self, number: int) -> Batch:
+        """Read all that is there of an unfinished batch: its pixels if no image is missing, and its record if any."""
         try:
-            return self.read(number)
+            batch = self.read(number)
         except Exception:  # missing or damaged, see `_is_finished`
-            return Batch(number, self.indices(number))
+            batch = self._batch(number)
+        batch.pixels = self.read_pixels(number)
+        return batch if batch.pixels is not None else self._batch(number)
+
+    def _batch(self, number: int, **values: Any) -> Batch:
+        indices = self.indices(number)
+        return Batch(number, indices, self.labels[indices.start : indices.stop], **values)
 
     def read_image(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3]."""
+        """Read the pixels of one image, uint8 [H, W, 3]."""
         with Image.open(self.image_path(index)) as image:
             return np.array(image)
 
     def read_pixels(self, number: int) -> np.ndarray | None:
-        """uint8 [n, H, W, 3] of a batch, from its PNGs; None unless all are there and whole."""
+        """Read a batch's pixels, uint8 [n, H, W, 3], from its PNGs; None unless all are there and whole."""
         try:
             return np.stack([self.read_image(index) for index in self.indices(number)])
         except (OSError, SyntaxError):  # the latter is Pillow's, for some damages
             return None
 
 
-def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
-    """Make the folder of a run, or see that it can be written and that what it holds was made with these settings.
+def open_folder(
+    path: Path,
+    settings: dict,
+    environment: dict,
+    *,
+    digests: Callable[[], dict] = dict,
+    overwrite: bool = False,
+) -> dict:
+    """Make the folder of a run, or see that the run that it holds can be continued; return all of the run's settings.
 
-    To be called early, with the settings that are known without work, and again with all of them. A folder without a
-    finished batch takes new settings. `overwrite` deletes the run that is there, unless torchrun has restarted the
-    very command that began it.
+    What can be refused is refused before long work: first the folder itself, then settings that are known without work,
+    last those that take some. A folder without a finished batch takes new settings. What a killed process has left
+    half-written is cleared away, and a note is printed if the environment is another than that in which the run began.
+
+    Args:
+        path:        the folder.
+        settings:    what the images depend on, as far as it is known without work.
+        environment: versions, code and processor, which may change how numbers are rounded.
+        digests:     computes the other settings.
+        overwrite:   delete the run that is there, unless torchrun has restarted the very command that began it.
 
     Raises:
-        InputError: the folder cannot be written, holds something else, or its settings differ.
+        InputError: the folder cannot be written, holds something else, or holds a run with other settings.
+        OSError:    `run.json` cannot be written.
     """
     try:
         if not (path / "run.json").exists() and any(map(_is_foreign, path.rglob("*"))):
@@ -209,20 +229,39 @@ def prepare(path: Path, settings: dict, *, overwrite: bool = False) -> None:
                     file.unlink()
     except OSError as error:
         raise InputError(f"cannot write to --output_dir {path}: {error.strerror}") from error
-    there, _ = _read(path)
+    there, began = _read(path)
+    _check_settings(path, there, settings)
+    settings = {**settings, **digests()}
+    _check_settings(path, there, settings)
+
+    if not there or _differences(there, settings):  # there is no run, or none that has finished a batch
+        content = {"settings": settings, "environment": environment, "begun_by": launch_name()}
+        with atomic_write(path / "run.json") as partial:
+            partial.write_text(json.dumps(content, indent=2))
+    elif changed := _differences(began, environment):
+        print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
+    for folder in (path, path / "images", path / "batches"):
+        for file in folder.glob("*.partial"):
+            file.unlink(missing_ok=True)
+    return settings
+
+
+def _check_settings(path: Path, there: dict, settings: dict) -> None:
+    """Raise InputError if a batch has been finished with other settings, given those that are `there`."""
     differences = _differences(there, settings)
-    if differences and any((path / "batches").glob("*.npz")):
-        way_out = "choose another --output_dir, or give --overwrite to delete that run"
-        version = there["sampler_version"]
-        if version != settings.get("sampler_version", version):
-            raise InputError(
-                f"{path} holds a run of version {version} of the sampler, and version {settings['sampler_version']} "
-                f"makes other images: finish it with the code that began it, {way_out}"
-            )
-        more = f"; {len(differences) - 4} more" if len(differences) > 4 else ""
+    if not differences or not any((path / "batches").glob("*.npz")):
+        return
+    way_out = "choose another --output_dir, or give --overwrite to delete that run"
+    version = there["sampler_version"]
+    if version != settings.get("sampler_version", version):
         raise InputError(
-            f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): give those, {way_out}"
+            f"{path} holds a run of version {version} of the sampler, and version {settings['sampler_version']} "
+            f"makes other images: finish it with the code that began it, {way_out}"
         )
+    more = f"; {len(differences) - 4} more" if len(differences) > 4 else ""
+    raise InputError(
+        f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): give those, {way_out}"
+    )
 
 
 def _text(file: Path) -> str:
@@ -230,7 +269,7 @@ def _text(file: Path) -> str:
 
 
 def _read(path: Path) -> tuple[dict, dict]:
-    """Settings and environment of `run.json`, each flat; empty if there is no such file."""
+    """Read settings and environment from `run.json`, each as one level; empty if there is no such file."""
     file = path / "run.json"
     try:
         content = json.loads(file.read_text())
@@ -261,7 +300,7 @@ def _is_whole(png: Path, size: int) -> bool:
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
-    """Nested settings as one level, as JSON has them: {"cache": {"start_step": 5}} is {"cache.start_step": 5}."""
+    """Flatten nested settings to one level, as JSON has them: {"cache": {"a": 5}} becomes {"cache.a": 5}."""
     flat = {}
     for name, value in json.loads(json.dumps(settings)).items():
         flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
@@ -269,7 +308,7 @@ def _flat(settings: dict, prefix: str = "") -> dict:
 
 
 def _differences(there: dict, now: dict) -> list[str]:
-    """What both name and is not the same, in words."""
+    """Describe the settings that both name with different values."""
     return [
         f"{name} {there[name]} there, {value} now"
         for name, value in _flat(now).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,14 @@ from models.lazymar.sampler import SAMPLER_VERSION
 from util.cli import Parser, add_policy_flags, numbers, read_policy
 from util.errors import InputError
 from util.machine import DTYPES, ROOT, dtype_name
+
+
+def labels_of_images(indices: Iterable[int], num_classes: int) -> list[int]:
+    """The classes of a run's images, given their numbers: image i is of class i mod `num_classes`.
+
+    So every class comes as often as any other, up to one, however far a run has come.
+    """
+    return [index % num_classes for index in indices]
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class Options:
         return _flops(self)
 
     def labels(self) -> Sequence[int]:
-        """The class of each image. Every class comes as often as any other, up to one, however far a run has come."""
-        return self.class_labels or [index % self.shape.class_num for index in range(self.num_images)]
+        """The class of each image."""
+        return self.class_labels or labels_of_images(range(self.num_images), self.shape.class_num)
 
     def settings(self, device: torch.device, dtype: torch.dtype) -> dict:
         """What the images depend on, apart from the weights."""

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from util.errors import InputError, why_unreadable
-from util.files import atomic_write, file_digest
+from util.files import atomic_write
 from util.weights.download import FILES, OUTPUT_DIR, looks_like_web_page
 
 Shapes = Mapping[str, Sequence[int]]
@@ -30,14 +30,10 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Where weights came from, for the record of a run."""
+    """Where weights came from."""
 
     path: Path  # the file, also where a folder was named
     entry: str  # "model_ema" or "model" of a training checkpoint; "flat" for a plain state dict
-
-    def sha256(self) -> str:
-        """Digest of the whole file; reads it once more (about 1 s per GB)."""
-        return file_digest(self.path)
 
 
 def load_weights(
@@ -70,7 +66,7 @@ def load_weights(
     Raises:
         InputError: The file is missing, unreadable, damaged, would run code, or has other names or shapes.
     """
-    path = _find_file(Path(path), what)
+    path = find_weights(path, what)
     entry, tensors = _select_entry(path, _read(path))
     tensors = {name: value for name, value in tensors.items() if not str(name).startswith(tuple(ignore_prefixes))}
     expected = module.state_dict()
@@ -112,9 +108,13 @@ def save_safetensors(
         raise InputError(f"cannot write {path}: {error}") from error
 
 
-def _find_file(path: Path, what: str) -> Path:
-    """The checkpoint file itself, once it is known to hold something else than a placeholder."""
-    file = path
+def find_weights(path: str | os.PathLike, what: str) -> Path:
+    """Find the file of weights that a path names: the file itself, or a folder with `checkpoint-last.pth` in it.
+
+    `what` is what the weights are for, in messages. Raises InputError if there is no such file, or if it is a
+    placeholder: empty, a Git LFS pointer or a web page.
+    """
+    file = path = Path(path)
     if path.is_dir():
         candidates = [path / "checkpoint-last.pth", path / "checkpoint-last.safetensors"]
         file = next((candidate for candidate in candidates if candidate.exists()), candidates[0])

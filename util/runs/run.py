@@ -1,0 +1,190 @@
+"""A run of `eval.py`: how it is opened, what its steps share, and how it is saved and finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from util import machine
+from util.errors import InputError
+from util.files import file_digest
+from util.job.processes import Job
+from util.job.progress import Progress, StepProgress
+from util.job.watch import command_line, nothing
+from util.job.writers import Writers
+from util.runs.folder import Batch, RunFolder, open_folder
+from util.runs.images import encode_png, image_grid
+from util.runs.memory import check_memory, out_of_memory_explained
+from util.runs.metrics import summarise
+from util.runs.options import Options, check
+from util.scoring.scores import FEATURES_DIMS, Extractor, Statistics, load_extractor
+from util.weights.checkpoint import find_weights
+
+GRID_IMAGES = 80  # in grid.png: 8 of each class where there are 10
+VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been opened. `options` have their defaults filled in, and `settings` are those in `run.json`."""
+
+    job: Job
+    options: Options
+    device: torch.device
+    dtype: torch.dtype
+    settings: dict
+    folder: RunFolder
+    unfinished: list[int]  # numbers of the batches that are to be made
+    extractor: Extractor | None  # None: no scores are wanted
+    reference: Statistics | None
+
+    def claim(self) -> Iterator[Batch]:
+        """Hand this rank one unfinished batch after another, each with its pixels if only its record was lost."""
+        for number in self.job.claim(self.unfinished):
+            batch = self.folder.resume(number)
+            if batch.pixels is None:
+                batch.worker = machine.where(self.device)
+            yield batch
+
+    def follow(self, batch: Batch) -> StepProgress:
+        """Count the sampling steps of a batch as progress: the result is to be called with each step."""
+        steps = StepProgress(len(batch.indices), [step.total for step in self.options.flops], self.device)
+        self.job.watch.under_way = steps.images
+        return steps
+
+    def save(self, batches: Iterable[Batch]) -> None:
+        """Write batches in the background as they come, and show the progress of all ranks.
+
+        Returns when all ranks are through. Raises `Stopped` if a signal has ended `batches` early, once what was in
+        flight is safe.
+        """
+        job, start = self.job, time.perf_counter()
+        done = self.folder.num_images - self.folder.count_images(self.unfinished)
+        job.watch.done = 0  # the job may have finished other runs before
+
+        def write(batch: Batch) -> None:
+            self.folder.save(batch)
+            job.watch.count(len(batch.indices))
+
+        with Progress(self.folder.num_images, done, enabled=job.rank == 0) as progress, Writers() as writers:
+            job.watch.on_tick = lambda: progress.update(done + job.watch.all_done())
+            for batch in batches:
+                job.watch.under_way = nothing
+                writers.submit(write, batch)
+            writers.flush()
+            print(f"rank {job.rank}: {job.watch.done:,} images in {time.perf_counter() - start:.0f} s", flush=True)
+            job.check_stop()
+            job.gather(None)  # a barrier: until the last rank is through
+            progress.update(self.folder.num_images)
+
+    def finish(self) -> dict:
+        """Score all images, write `metrics.json` and `grid.png`, print a table; return the metrics, on all ranks."""
+
+        def finish() -> dict:
+            self._wait_for_files()
+            batches = [self.folder.read(number) for number in self.folder.batch_numbers()]
+            metrics, table = summarise(batches, self.options, self.reference, self.extractor)
+            metrics.update(settings=self.settings, environment=machine.describe(self.device))
+            print(f"{table}\nwritten to       {self.folder.path}", flush=True)
+            self._write_grid()
+            self.folder.write("metrics.json", json.dumps(metrics, indent=2).encode())
+            return metrics
+
+        with disk_faults_explained(self.folder.path):
+            return self.job.share(finish)
+
+    @contextlib.contextmanager
+    def faults_explained(self) -> Iterator[None]:
+        """Turn a full disk and too little memory into an `InputError` that names the way out."""
+        with disk_faults_explained(self.folder.path), out_of_memory_explained(self.options.eval_bsz):
+            yield
+
+    def _wait_for_files(self) -> None:
+        """Wait until this machine sees what others have written. Raises InputError if batches do not appear."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while lost := self.folder.unfinished():
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{self.folder.path} has lost the batches {lost}; this makes them again: {command_line()}"
+                )
+            time.sleep(1)
+
+    def _write_grid(self) -> None:
+        """Write `grid.png`: the first images, by class, or all the chosen ones as they were asked for."""
+        shown = list(range(min(GRID_IMAGES, self.folder.num_images)))
+        if self.options.class_labels is None:
+            shown.sort(key=lambda index: self.folder.labels[index])
+        self.folder.write("grid.png", encode_png(image_grid([self.folder.read_image(index) for index in shown])))
+
+
+def open_run(job: Job, options: Options) -> Run:
+    """Open the folder of a run, once all is checked that can be checked before long work.
+
+    First come options, files and settings that are known without work, then digests of the weights, then the network
+    that scores images, which may have to be downloaded.
+
+    Raises:
+        InputError: the run cannot be made or continued as it was asked for.
+    """
+    options = check(options)
+    device = machine.choose_device(options.device, job.local_rank)
+    dtype = machine.choose_dtype(options.dtype, device)
+    if device.type == "cpu" and dtype.itemsize == 2 and not machine.cpu_computes_in_bfloat16():
+        job.print0(f"note: this processor does not compute in {options.dtype}: --dtype float32 is many times faster")
+    features = options.preset.features
+    reference = Statistics.load(options.statistics, FEATURES_DIMS[features]) if options.score else None
+    weights = {options.model: options.resume, "the VAE": options.vae_path}
+    files = {what: find_weights(path, what) for what, path in weights.items()}
+    check_memory(options.shape, options.eval_bsz, options.cfg, options.cache, dtype, device)
+
+    with disk_faults_explained(options.output_dir):
+        settings = job.share(
+            lambda: open_folder(
+                options.output_dir,
+                options.settings(device, dtype),
+                machine.describe(device),
+                digests=lambda: {f"sha256 of {what}": file_digest(file) for what, file in files.items()},
+                overwrite=options.overwrite,
+            )
+        )
+        extractor = None
+        if options.score:  # rank 0 goes first: it may have to download the weights
+            extractor = job.in_turn(lambda: load_extractor(features, options.inception_weights, device))
+        folder = run_folder(options, extractor and f"{features} {machine.weights_digest(extractor.network)}")
+        unfinished = job.share(folder.unfinished)
+        folder.check_disk(unfinished)
+    done = folder.num_images - folder.count_images(unfinished)
+    job.print0(f"{folder.path}: {done:,} of {folder.num_images:,} images are there")
+    if options.class_labels is None and options.num_images % options.shape.class_num:
+        job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
+    return Run(job, options, device, dtype, settings, folder, unfinished, extractor, reference)
+
+
+def run_folder(options: Options, extractor: str | None = None) -> RunFolder:
+    """The folder of a run, given its options with defaults filled in; `extractor` as `RunFolder` has it."""
+    return RunFolder(
+        path=options.output_dir,
+        labels=options.labels(),
+        batch_size=options.eval_bsz,
+        image_size=options.shape.img_size,
+        extractor=extractor,
+        saved=lambda index: options.save_images or index < GRID_IMAGES,
+    )
+
+
+@contextlib.contextmanager
+def disk_faults_explained(folder: Path) -> Iterator[None]:
+    """Turn an OSError into an `InputError` that names the file and the command that goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {error.filename or folder}: {error.strerror}; nothing written before is damaged, and "
+            f"once that is put right, this goes on: {command_line()}"
+        ) from error

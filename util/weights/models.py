@@ -1,0 +1,51 @@
+"""Models that are ready for sampling: `load_model` by name, with the weights that the presets say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from models import MAR, PRESETS, AutoencoderKL, cast_model, create_model, pack_linear_layers
+from models.vae import for_inference
+from util.machine import ROOT, choose_device, choose_dtype
+from util.weights.checkpoint import load_weights
+
+
+def load_model(
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    weights: str | os.PathLike | None = None,
+    vae_weights: str | os.PathLike | None = None,
+) -> tuple[MAR, AutoencoderKL]:
+    """Load a model and its VAE, ready for sampling and decoding.
+
+    Args:
+        name:        a key of `models.PRESETS`, such as "mar_huge".
+        device:      where to. Default: a GPU where there is one, else the CPU.
+        dtype:       of weights and activations. Default: bfloat16 on GPUs and on CPUs that compute in it, else float32.
+        weights:     file of the model's weights. Default: the preset's, in this repository's `pretrained_models/`.
+        vae_weights: file of the VAE's weights. Default: likewise.
+
+    Raises:
+        ValueError: there is no such model.
+        InputError: a file is missing or damaged, or its weights are another network's.
+    """
+    with torch.device("meta"):
+        model = create_model(name)
+        vae = AutoencoderKL(**PRESETS[name].vae)
+    device = choose_device("auto") if device is None else torch.device(device)
+    dtype = choose_dtype("auto", device) if dtype is None else dtype
+    path, vae_path = weights or ROOT / PRESETS[name].checkpoint, vae_weights or ROOT / PRESETS[name].vae_path
+    load_weights(model, path, what=name, device=device, identify=identify_model)
+    load_weights(vae, vae_path, what="the VAE", device=device, ignore_prefixes=["loss."])
+    return pack_linear_layers(cast_model(model, dtype)), for_inference(vae, dtype)
+
+
+def identify_model(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """Name the preset that weights of these shapes are for, by the width of the class embedding; None if none is."""
+    width = shapes.get("class_emb.weight", [0])[-1]
+    return next((name for name, preset in PRESETS.items() if preset.architecture["encoder_embed_dim"] == width), None)
