@@ -24,8 +24,9 @@ from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import Preset
 from util.errors import InputError, exits_cleanly
 from util.machine import ROOT, choose_device, mixed_precision
-from util.scoring.classifier import CLASSIFIER_PATH, train_classifier
+from util.scoring.classifier import CLASSIFIER_PATH
 from util.scoring.scores import Statistics, load_extractor
+from util.training.classifier import train_classifier
 from util.training.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
 from util.training.loop import fit
 from util.weights.checkpoint import load_weights, save_safetensors

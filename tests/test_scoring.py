@@ -19,17 +19,12 @@ from torch import nn
 
 import score as score_script
 from util.errors import InputError
-from util.scoring import classifier as classifier_module
 from util.scoring import scores as scoring
-from util.scoring.classifier import (
-    FEATURE_EXTRACTOR_NAME,
-    FashionClassifier,
-    accuracy,
-    load_classifier,
-    train_classifier,
-)
+from util.scoring.classifier import FEATURE_EXTRACTOR_NAME, FashionClassifier, load_classifier
 from util.scoring.scores import FEATURES_DIMS, Statistics, load_extractor, score
+from util.training import classifier as training
 from util.training import fashion
+from util.training.classifier import accuracy, train_classifier
 from util.training.fashion import load_fashion_mnist, to_rgb32
 from util.weights import download
 
@@ -372,7 +367,7 @@ def test_classifier_file_of_another_network_is_refused(tmp_path):
 
 
 def test_training_learns_and_a_second_call_continues_it(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_module, "load_fashion_mnist", lambda folder, split: sample)
+    monkeypatch.setattr(training, "load_fashion_mnist", lambda folder, split: sample)
     result = train_classifier(tmp_path, steps=30, batch_size=50)
     assert result > 0.3  # 0.1 by chance
     first = load_classifier(tmp_path / "fashion_classifier.safetensors").state_dict()
@@ -385,7 +380,7 @@ def test_training_learns_and_a_second_call_continues_it(sample, tmp_path, monkey
 
 def test_augmentation_only_flips_and_shifts(sample):
     images = sample[0][:40]
-    changed = classifier_module._flip_and_shift(images, torch.Generator().manual_seed(0))
+    changed = training._flip_and_shift(images, torch.Generator().manual_seed(0))
     for before, after in zip(images, changed):
         allowed = (
             image.roll((down, right), dims=(1, 2))

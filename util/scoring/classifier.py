@@ -7,17 +7,14 @@ a scale of their own: compare them with each other and with the real-vs-real flo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from util.errors import InputError
-from util.machine import mixed_precision
-from util.training.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
-from util.training.loop import fit
-from util.weights.checkpoint import load_weights, save_safetensors
+from util.weights.checkpoint import load_weights
 
 CLASSIFIER_PATH = Path(__file__).resolve().parents[2] / "pretrained_models" / "fashion_classifier.safetensors"
 FEATURE_EXTRACTOR_NAME = "fashion-classifier"
@@ -26,9 +23,9 @@ PIXEL_MEAN, PIXEL_STD = 0.286, 0.353  # of Fashion-MNIST's 28 x 28 training imag
 
 
 class FashionClassifier(nn.Module):
-    """uint8 images [B, 3, 32, 32] -> features [B, 128] and the logits [B, 10] that are linear in them."""
+    """Maps uint8 images [B, 3, 32, 32] to features [B, 128] and to logits [B, 10], which are linear in the features."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             _convolution(3, 32),
@@ -52,7 +49,7 @@ class FashionClassifier(nn.Module):
 class Residual(nn.Module):
     """Two convolutions around a shortcut."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
 
@@ -75,7 +72,9 @@ class FashionFeatureExtractor(FeatureExtractorBase):
         feature_extractor_weights_path: a `.safetensors` file of `FashionClassifier`; None means the shipped one.
     """
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path=None, **_):
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | Path | None = None, **_: Any
+    ) -> None:
         super().__init__(name, features_list)
         self.classifier = load_classifier(feature_extractor_weights_path or CLASSIFIER_PATH)
         self.requires_grad_(False).eval()
@@ -109,7 +108,7 @@ register_feature_extractor(FEATURE_EXTRACTOR_NAME, FashionFeatureExtractor)
 
 
 def load_classifier(path: str | Path = CLASSIFIER_PATH) -> FashionClassifier:
-    """The classifier of a weights file, in eval mode and float32.
+    """Load the classifier from a weights file, in eval mode and float32.
 
     Raises:
         InputError: the file is missing or damaged, or holds another network.
@@ -117,70 +116,3 @@ def load_classifier(path: str | Path = CLASSIFIER_PATH) -> FashionClassifier:
     classifier = FashionClassifier()
     load_weights(classifier, path, what="the Fashion-MNIST classifier")
     return classifier.eval()
-
-
-@torch.inference_mode()
-def accuracy(classifier: FashionClassifier, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> float:
-    """Share of the images [N, 3, 32, 32] uint8 whose largest logit is their label's, in [0, 1]."""
-    device = classifier.head.weight.device
-    predictions = [classifier(batch.to(device))[1].argmax(1).cpu() for batch in images.split(batch_size)]
-    return (torch.cat(predictions) == labels).double().mean().item()
-
-
-def train_classifier(
-    output_dir: str | Path,
-    *,
-    data_folder: str | Path = FASHION_MNIST_FOLDER,
-    steps: int = 2400,
-    batch_size: int = 250,
-    lr: float = 4e-3,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> float:
-    """Train `FashionClassifier` on images that are flipped and shifted at random.
-
-    Writes `fashion_classifier.safetensors` (bfloat16, 0.9 MB) to `output_dir`; a call that was stopped is continued
-    by the next one with the same settings.
-
-    Returns:
-        The accuracy on the 10,000 test images of the weights as they were written, in [0, 1].
-
-    Raises:
-        InputError: the data cannot be read, or `output_dir` holds another training.
-    """
-    device, output_dir = torch.device(device), Path(output_dir)
-    test_images, test_labels = load_fashion_mnist(data_folder, "test")
-    images, labels = (tensor.to(device) for tensor in load_fashion_mnist(data_folder, "train"))
-    torch.manual_seed(seed)
-    classifier = FashionClassifier().to(device, memory_format=torch.channels_last)
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(images), (batch_size,), generator=generator, device=device)
-        with mixed_precision(device):
-            _, logits = classifier(_flip_and_shift(images[chosen], generator))
-        return F.cross_entropy(logits.float(), labels[chosen], label_smoothing=0.05)
-
-    # The last weights and not their average, which would need the running statistics of its own batch norms.
-    fit(classifier, loss, folder=output_dir, steps=steps, lr=lr, weight_decay=0.05, device=device)
-    weights = {
-        name: value.bfloat16() if value.is_floating_point() else value
-        for name, value in classifier.state_dict().items()
-    }
-    path = output_dir / CLASSIFIER_PATH.name
-    save_safetensors(weights, path, {})
-    result = accuracy(load_classifier(path).to(device), test_images, test_labels)
-    print(f"{path}: test accuracy {result:.2%}", flush=True)
-    return result
-
-
-def _flip_and_shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Flip half of the images [B, 3, 32, 32], and shift each by up to 2 pixels: their black border is that wide."""
-    count, _, height, width = images.shape
-    device = images.device
-    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
-    shift = torch.randint(-2, 3, (2, count, 1), generator=generator, device=device)
-    rows = (torch.arange(height, device=device) + shift[0]) % height  # [B, 32]
-    columns = (torch.arange(width, device=device) + shift[1]) % width
-    columns = torch.where(flip, columns.flip(1), columns)
-    image = torch.arange(count, device=device)[:, None, None]
-    return images[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

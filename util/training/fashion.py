@@ -1,4 +1,8 @@
-"""Fashion-MNIST, read from the four IDX files that its authors publish (Xiao, Rasul and Vollgraf, 2017)."""
+"""Fashion-MNIST, read from the four IDX files that its authors publish (Xiao, Rasul and Vollgraf, 2017).
+
+`torchvision.datasets.FashionMNIST` reads them only unpacked, from `FashionMNIST/raw/` below a folder, which is not how
+Debian's package has them, and it meets a damaged file with an assertion that names nothing.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +60,16 @@ def load_fashion_mnist(
 
 
 def to_rgb32(images: torch.Tensor) -> torch.Tensor:
-    """Grey images [N, 28, 28] uint8, with a black border of 2 pixels and the grey value in all three channels:
-    [N, 3, 32, 32] uint8."""
+    """Add a black border of 2 pixels to grey images [N, 28, 28] uint8 and make them RGB: [N, 3, 32, 32] uint8."""
     return F.pad(images, (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1)
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """The uint8 array of a gzipped IDX file: two zero bytes, the element type (8: uint8), the number of dimensions,
-    each dimension as a big-endian int32, then the elements."""
+    """Read the uint8 array of a gzipped IDX file.
+
+    The format: two zero bytes, the type of the elements (8: uint8), the number of dimensions, each dimension as a
+    big-endian int32, then the elements.
+    """
     try:
         with gzip.open(path) as file:
             content = file.read()
