@@ -22,9 +22,9 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize(("machine", "onednn", "instructions", "fast"), PROCESSORS.values(), ids=PROCESSORS)
-def test_bfloat16_is_taken_where_the_processor_computes_in_it(machine, onednn, instructions, fast, monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: machine)
+@pytest.mark.parametrize(("processor", "onednn", "instructions", "fast"), PROCESSORS.values(), ids=PROCESSORS)
+def test_bfloat16_is_taken_where_the_processor_computes_in_it(processor, onednn, instructions, fast, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     for name in ("amx_tile", "avx512_bf16"):
