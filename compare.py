@@ -28,7 +28,7 @@ ROWS_SHOWN = (  # label, key in metrics.json, factor, format
 
 
 def read_metrics(folder: Path) -> dict:
-    """A run's metrics.json. Raises InputError if the run has not finished."""
+    """Read a run's metrics.json. Raises InputError if the run has not finished."""
     path = folder / "metrics.json"
     try:
         return json.loads(path.read_text())
@@ -39,7 +39,10 @@ def read_metrics(folder: Path) -> dict:
 
 
 def find(metrics: dict, name: str) -> tuple[str, float] | None:
-    """The key and value of a number; scores carry their extractor's name, as in fid_fashion_classifier."""
+    """Find a number by the start of its key, since scores carry their extractor's name, as in fid_fashion_classifier.
+
+    Returns its key and value; None if there is none.
+    """
     for key, value in metrics.items():
         is_score = key.startswith(name) and not key.endswith("_std") and name in ("fid", "isc")
         if (key == name or is_score) and isinstance(value, (int, float)):
@@ -48,7 +51,7 @@ def find(metrics: dict, name: str) -> tuple[str, float] | None:
 
 
 def table(baseline: dict, other: dict) -> str:
-    """The two runs' numbers and their ratio, one line each."""
+    """Make a table of the two runs' numbers and their ratio, a line each."""
     lines = [f"{'':28s}{'baseline':>10s}{'other':>10s}{'ratio':>8s}"]
     for label, name, factor, style in ROWS_SHOWN:
         first, second = find(baseline, name), find(other, name)
@@ -65,7 +68,7 @@ def table(baseline: dict, other: dict) -> str:
 
 
 def side_by_side(baseline: Path, other: Path, count: int) -> np.ndarray:
-    """Rows of images from the same seeds: a row of the first run's, and below it the second's."""
+    """Lay out images of the same seeds in pairs of rows: the baseline's, and below them the other run's."""
     names = sorted(path.name for path in (baseline / "images").glob("*.png"))
     names = [name for name in names if (other / "images" / name).exists()][:count]
     if not names:

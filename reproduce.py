@@ -154,7 +154,7 @@ class Reproduction:
                 "model": model,
                 "method": method,
                 "inputs": inputs,
-                "parameters": sum(parameter.numel() for parameter in options.shape.parameters()),
+                "parameters": sum(parameter.numel() for parameter in options.meta_model.parameters()),
                 "flops_per_step": options.flops,
                 "missing": missing,
                 "latency": self.latency(options) if missing else None,
@@ -218,7 +218,7 @@ class Reproduction:
             )
             return [fid, inception, fid - its_fid, distance[chosen].mean()]
 
-        groups = groups_of_images(count, options.shape.class_num)
+        groups = groups_of_images(count, options.meta_model.class_num)
         names = ("fid", "inception_score", "fid_difference", "pixel_distance")
         spreads = dict(zip(names, jackknife(measure, groups)))
         notes = score(features, logits, reference).notes
@@ -283,7 +283,7 @@ class Reproduction:
 
     def describe(self, options: Options, method: str) -> float:
         """Print a row's plan, operations, memory and time. Returns the estimated seconds per image."""
-        model, steps = options.shape, options.flops
+        model, steps = options.meta_model, options.flops
         plan = make_plan(
             model.seq_len, model.buffer_size, options.num_iter, options.cfg, options.cfg_schedule, options.cache
         )

@@ -30,7 +30,7 @@ ENDINGS = (".png", ".jpg", ".jpeg")
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The PNG and JPEG files of a folder by name. Raises InputError if there are none."""
+    """List a folder's PNG and JPEG files by name. Raises InputError if there are none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: name one that holds PNG or JPEG images.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
@@ -40,7 +40,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """RGB pixels [3, H, W] uint8 of an image file. Raises InputError if it is damaged or no image."""
+    """Read an image file as RGB pixels [3, H, W] uint8. Raises InputError if it is damaged or no image."""
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
@@ -50,7 +50,7 @@ def read_image(path: Path) -> torch.Tensor:
 
 
 def read_batches(paths: list[Path], batch_size: int) -> Iterator[torch.Tensor]:
-    """The images in batches [B, 3, H, W] uint8; the next batch is read while one is used."""
+    """Read images in batches [B, 3, H, W] uint8; the next batch is read while one is used."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     shape = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -66,7 +66,7 @@ def read_batches(paths: list[Path], batch_size: int) -> Iterator[torch.Tensor]:
 
 
 def extract(extractor: Extractor, paths: list[Path], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, F] and logits [N, K] of image files, on the CPU."""
+    """Compute features [N, F] and logits [N, K] of image files; both come back on the CPU."""
     outputs = []
     with tqdm(total=len(paths), unit="image", desc="extracting features") as progress:
         for images in read_batches(paths, batch_size):

@@ -37,9 +37,10 @@ FINISH_FIRST_EVERY, FINISH_CONDITION_NOISE = 4, 0.5  # in the end one in 4, and 
 
 
 def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, size, size] uint8 and labels [N] of a folder with a subfolder per class.
+    """Load images [N, 3, size, size] uint8, cropped to squares, and their labels [N].
 
-    `data` is this folder, or "fashion-mnist", whose files are in the folder `fashion_mnist`.
+    `data` is a folder with a subfolder per class, or "fashion-mnist", whose files are in the folder `fashion_mnist`.
+    Raises InputError if there are no images, or one cannot be read.
     """
     if data == "fashion-mnist":
         if size != 32:
@@ -64,7 +65,7 @@ def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tens
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels to [-1, 1]."""
+    """Scale uint8 pixels to [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
@@ -72,7 +73,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def train_vae(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """Gaussian likelihood of standard deviation `--pixel_std` and the divergence from N(0, 1), both per image."""
+    """Train the VAE: minimise the reconstruction error, as a Gaussian of `--pixel_std` weighs it, plus the KL term."""
     images, _ = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
     images = images.to(device)
     torch.manual_seed(args.seed)
@@ -101,7 +102,7 @@ def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def vae_report(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
-    """Mean squared error of reconstructed `images`, and the standard deviation of latents drawn for them."""
+    """Compute the mean squared error of reconstructed `images`, and the standard deviation of their drawn latents."""
     errors, latents = [], []
     for x in images.split(100):
         posterior = vae.encode(x)
@@ -124,14 +125,16 @@ def set_latent_std(vae: AutoencoderKL, old: float, new: float) -> None:
 
 
 def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """Masked prediction on the VAE's latents (MAR paper, section 4), in the end with all that sampling meets.
+    """Train MAR: predict masked tokens of the VAE's latents (MAR paper, section 4), in the end as sampling meets them.
 
-    More than its share goes to the timestep at which sampling starts: its first step multiplies the head's error by up
-    to 316. What the head's last layer reads is nearly constant there, so its weights move together and learn slowly.
+    The timestep at which sampling starts gets more than its share of the training, because the first denoising step
+    multiplies the head's error by up to 316. The input of the head's last layer is nearly constant at that timestep, so
+    the layer's weights would move together; they learn at a tenth of the rate.
 
-    Masks of 70 % and more, as the paper has them, never lead to the conditions of sampling's second half. A small model
-    that has seen few images predicts worse there, and a single bad answer at the first timestep makes a token explode.
-    So the last steps mask any number of tokens, and teach the head that no condition matters at the first timestep.
+    With mask ratios of 70 % and more, as in the paper, the model never sees contexts like those of sampling's second
+    half. A small model that was trained on few images predicts worse there, and a single bad prediction at the first
+    timestep makes a token diverge. So the last training steps mask any number of tokens, and disturb the conditions at
+    the first timestep, which teaches the head not to rely on them there.
     """
     images, labels = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
     torch.manual_seed(args.seed)
@@ -197,7 +200,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
 
 @torch.inference_mode()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Mean and standard deviation of each image's latents [N, 2C, h, w], float16."""
+    """Encode images to the mean and standard deviation of their latents: [N, 2C, h, w], float16, on the CPU."""
     device = vae.quant_conv.weight.device
     moments = []
     for batch in tqdm(images.split(250), desc="encoding", mininterval=10):
@@ -208,7 +211,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def masked_tokens(num_tokens: int, generator: torch.Generator) -> int:
-    """How many tokens to mask: a ratio from N(1, 0.25) truncated to [0.7, 1]."""
+    """Draw how many tokens to mask: a ratio from N(1, 0.25) truncated to [0.7, 1], of `num_tokens`, rounded up."""
     below, above = (0.5 * (1 + torch.erf(torch.tensor(z / 0.25 / 2**0.5))) for z in (-0.3, 0.0))
     quantile = below + (above - below) * torch.rand((), generator=generator, device=generator.device).cpu()
     ratio = 1 + 0.25 * 2**0.5 * torch.erfinv(2 * quantile - 1).item()
@@ -219,7 +222,7 @@ def masked_tokens(num_tokens: int, generator: torch.Generator) -> int:
 
 
 def train_scorer(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """The Fashion-MNIST classifier behind mar_tiny's FID and IS, and the training images' statistics."""
+    """Train the Fashion-MNIST classifier behind mar_tiny's FID and IS, and write the training images' statistics."""
     if args.data != "fashion-mnist":
         raise InputError(f"--data {args.data}: the classifier is Fashion-MNIST's alone; leave the flag out")
     train_classifier(

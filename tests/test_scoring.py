@@ -76,12 +76,12 @@ def run_score(*arguments: object) -> int:
     return score_script.main([str(argument) for argument in (*arguments, "--device", "cpu")])
 
 
-@pytest.mark.parametrize("kind", ["inception", "fashion"])
-def test_scores_of_folders_equal_torch_fidelity(kind, folders, inception_weights, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["inception", "fashion"])
+def test_scores_of_folders_equal_torch_fidelity(name, folders, inception_weights, tmp_path, capsys):
     a, b = folders
-    options = ["--features", kind]
+    options = ["--features", name]
     expected_options = {"feature_extractor": FEATURE_EXTRACTOR_NAME}
-    if kind == "inception":
+    if name == "inception":
         options += ["--inception_weights", inception_weights]
         expected_options = {"feature_extractor_weights_path": str(inception_weights)}
     expected = torch_fidelity.calculate_metrics(
@@ -107,14 +107,14 @@ def test_scores_of_folders_equal_torch_fidelity(kind, folders, inception_weights
         "fashion": ("fid_fashion_classifier", "isc_fashion_classifier_mean", "isc_fashion_classifier_std"),
     }
     found = json.loads(report.read_text())
-    assert math.isclose(found[names[kind][0]], fid, rel_tol=1e-6)
-    assert math.isclose(found[names[kind][1]], is_mean, rel_tol=1e-9)
-    assert math.isclose(found[names[kind][2]], is_std, rel_tol=1e-9)
+    assert math.isclose(found[names[name][0]], fid, rel_tol=1e-6)
+    assert math.isclose(found[names[name][1]], is_mean, rel_tol=1e-9)
+    assert math.isclose(found[names[name][2]], is_std, rel_tol=1e-9)
     assert fid > 1e-3 and is_mean > 1 + 1e-4  # else the comparison would say little
-    assert not set(names["inception" if kind == "fashion" else "fashion"]) & set(found)
+    assert not set(names["inception" if name == "fashion" else "fashion"]) & set(found)
     printed = capsys.readouterr().out
     assert f"{fid:.4f}" in printed and f"{is_mean:.4f} ± {is_std:.4f}" in printed
-    assert ("not Inception" in printed) == (kind == "fashion")
+    assert ("not Inception" in printed) == (name == "fashion")
 
 
 def test_scores_do_not_depend_on_the_batches(sample):

@@ -12,7 +12,7 @@ class InputError(Exception):
 
 
 def why_unreadable(error: Exception) -> str:
-    """What a library says of a file that it could not read: one line, without its advice to read it unsafely."""
+    """Shorten a library's error on a file that it could not read to one line, without advice to read it unsafely."""
     text = str(error).strip()
     if "weights_only" in text or "pickle" in text:  # PyTorch's and NumPy's advice names their switches
         line = "it holds something else than plain tensors or arrays"

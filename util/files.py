@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, and the digest that tells one file from another."""
+"""Writing files so that they are never seen half-written, and the digest of a file."""
 
 from __future__ import annotations
 

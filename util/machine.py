@@ -1,4 +1,4 @@
-"""What a run runs on: device, number format, memory and versions."""
+"""The machine and the software that a run uses: device, dtype, processor, versions, digests of code and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a process: "cpu", "cuda" (the GPU with its number), or "auto" (a GPU where there are any).
+    """Choose the device of a process: "cpu", "cuda" (the GPU with its number), or "auto" (a GPU where there are any).
 
     Raises InputError if there is no such device.
     """
@@ -35,7 +35,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A key of `DTYPES`, or "auto": bfloat16 on GPUs and on CPUs that compute in it, float32 on others."""
+    """Choose a dtype by its key in `DTYPES`, or "auto": bfloat16 on GPUs and CPUs that compute in it, else float32."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" or cpu_computes_in_bfloat16() else "float32"
     return DTYPES[name]
@@ -47,9 +47,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def cpu_computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 matmuls, and PyTorch uses them.
+    """Ask whether the CPU has instructions for bfloat16 matmuls that PyTorch uses.
 
-    Then they are faster than float32's; otherwise they are many times slower. The instructions are AMX (Intel),
+    With them, bfloat16 is faster than float32; without, it is many times slower. The instructions are AMX (Intel),
     AVX512-BF16 (AMD and Intel), or Arm's bf16 extension. PyTorch says so itself; where it does not, as versions before
     2.5 do not for x86, the answer is no.
     """
@@ -62,18 +62,18 @@ def cpu_computes_in_bfloat16() -> bool:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Training in bfloat16 where it is faster, and in float32 where it is not."""
+    """Compute in bfloat16 within the block where that is faster than float32; parameters stay float32. For training."""
     return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype("auto", device) == torch.bfloat16)
 
 
 def where(device: torch.device) -> str:
-    """Host and device, for a person."""
+    """Name host and device, for a person to read."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return f"{socket.gethostname()} {device}{gpu}"
 
 
 def processor_name(device: torch.device) -> str:
-    """The GPU; or the CPU, how many threads of it are used, and the instructions that PyTorch uses."""
+    """Name the GPU; or the CPU, how many of its threads are used, and the instructions that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -84,7 +84,7 @@ def processor_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What has a say in how numbers are rounded: versions, the code's digest, the GPU or each process's CPU threads."""
+    """Describe all that numbers' rounding depends on: versions, processor and threads, and a digest of the code."""
     found = {"torch": str(torch.__version__)}
     for name in ("torch-fidelity", "numpy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):  # a benchmark needs no torch-fidelity
@@ -93,7 +93,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Changes whenever the code that makes images does, be it by a comment."""
+    """A digest of the code that makes images; any edit changes it, even of a comment."""
     digest = hashlib.sha256()
     for file in sorted([*ROOT.glob("models/**/*.py"), *ROOT.glob("diffusion/*.py")]):
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
@@ -101,7 +101,7 @@ def code_digest() -> str:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """Changes whenever a network's weights do."""
+    """A digest of a network's weights."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -109,6 +109,6 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def launch_name() -> str | None:
-    """The same for a process and for those that torchrun starts in its place; None without torchrun."""
+    """Name the launch by torchrun, which keeps its name when torchrun restarts processes; None without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{socket.gethostname()} {os.getppid()}" if run == "none" else run  # "none": several have this one
+    return f"{socket.gethostname()} {os.getppid()}" if run == "none" else run  # "none": launches without an id

@@ -1,7 +1,12 @@
-"""The processes of one job: those that torchrun started, or a single one that nobody did.
+"""The processes of one job: those that torchrun started, or a single one that was started without torchrun.
 
-They speak through torch.distributed's key-value store alone. Without collectives, nothing can wait for a dead process
-until some time-out, no rank waits for a slower one, and a CPU job (gloo) and a CUDA job (nccl) are the same.
+They communicate through torch.distributed's key-value store alone, without collectives. A collective would hang until a
+time-out when a process has died, and would make every rank wait for the slowest one; and the store is the same for jobs
+on CPUs and on GPUs. What may go wrong between processes, and who notices it, is in `util/job/watch.py`.
+
+Every call of `share`, `claim` or `gather` has a key of its own, "call/1", "call/2" and so on, which each rank counts by
+itself: that is why all ranks must make these calls in the same order. No key is ever used twice within one start of the
+job, so a value, once it is there, is the one that was meant, however late a rank comes to read it.
 """
 
 from __future__ import annotations
@@ -28,14 +33,18 @@ GOODBYE_SECONDS = 10.0
 
 
 class Stopped(Exception):
-    """The signal, by number, has asked the job to stop."""
+    """A signal has asked the job to stop; the argument is the signal's number."""
 
 
 class Job:
     """This process among the processes of its job.
 
-    All ranks have to call `share`, `claim` and `gather` in the same order. What they pass on is anything that JSON can
-    hold. While waiting for each other they raise `Stopped` if a signal has asked the job to stop.
+    All ranks have to call `share`, `in_turn`, `claim` and `gather` in the same order. Values pass between ranks as
+    JSON. A rank that waits for another raises `Stopped` if a signal has asked the job to stop.
+
+    Attributes:
+        rank, world_size, local_rank: as torchrun numbers processes; 0, 1 and 0 without it.
+        watch:                        what this process knows of the others, and they of it.
     """
 
     def __init__(self) -> None:
@@ -70,13 +79,16 @@ class Job:
         return json.loads(self._wait_for(key))
 
     def in_turn(self, make: Callable[[], T]) -> T:
-        """`make()` of each rank, whatever it returns: rank 0 calls it first, then the others."""
+        """Call `make()` on all ranks, on rank 0 before all others; return each rank's own result, of any type."""
         value = make() if self.rank == 0 else None
         self.share(lambda: None)
         return value if self.rank == 0 else make()
 
     def claim(self, items: Sequence[T]) -> Iterator[T]:
-        """Hand each of `items`, the same on all ranks, to one rank: first come, first served. A stop ends it early."""
+        """Take items from a work queue that all ranks share: each item goes to the rank that asks first.
+
+        `items` must be the same on all ranks. A signal to stop ends the iteration early.
+        """
         key = self._next_key()
         while not self.watch.stop_signal:
             position = self.watch.store.add(key, 1) - 1
@@ -85,7 +97,7 @@ class Job:
             yield items[position]
 
     def gather(self, value: T) -> list[T] | None:
-        """The `value` of every rank, in rank order, on rank 0; None on the others."""
+        """Collect the `value` of every rank, in rank order, on rank 0; the others get None and do not wait."""
         key = self._next_key()
         put(self.watch.store, f"{key}/{self.rank}", json.dumps(value))
         if self.rank == 0:
@@ -93,9 +105,12 @@ class Job:
         return None
 
     def leave(self) -> None:
-        """Wait until all ranks are ready to exit: an early exit would make torchrun signal the others once more.
+        """Wait until all ranks are ready to exit, then let rank 0 exit last.
 
-        Rank 0 exits last, because the store may end with it.
+        An early exit would make torchrun signal the ranks that are still at work, and the store may end with the
+        process of rank 0. So each rank says "ready/RANK" and waits; when all are ready, rank 0 says "bye"; the others
+        answer "gone/RANK" and exit; and rank 0 exits when all have answered, or after `GOODBYE_SECONDS`, because a rank
+        that dies just then never answers.
         """
         store, others = self.watch.store, range(1, self.world_size)
         self.watch.leaving = True
@@ -107,7 +122,7 @@ class Job:
             ):
                 time.sleep(POLL_SECONDS)
 
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # the store has gone: then there is nobody left to wait for
             put(store, f"ready/{self.rank}", "")
             wait_for([f"ready/{rank}" for rank in others] if self.rank == 0 else ["bye"], float("inf"))
             self.watch.close()
@@ -128,8 +143,8 @@ class Job:
 def launch(work: Callable[[Job], object]) -> int:
     """Run `work` in this process of the job, and return the exit code.
 
-    0; 2 for an `InputError`; 128 + its number for a signal; 1 for anything else. What went wrong is printed once, and
-    the other ranks end too.
+    The code is 0 if all went well, 2 after an `InputError`, 128 + its number after a signal, and 1 after any other
+    exception. An error ends all ranks, and is printed once.
     """
     job = Job()
     try:

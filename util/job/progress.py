@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, a line now and then elsewhere; within a batch it moves by steps."""
+"""Progress of a run, a bar in a terminal and a line now and then elsewhere; within a batch it moves by steps."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ BAR = "{percentage:3.0f}%|{bar}| {n:,.1f} of {total:,} images [{elapsed}<{remain
 
 
 class StepProgress:
-    """How far a batch is, told of each step once it has been handed to the device.
+    """Progress within a batch. Call it with each step once the step has been handed to the device.
 
-    A step counts by its share of the FLOPs. A GPU is behind the program, so there it counts once an event after it has
-    come to pass; nobody waits for that.
+    A step counts by its share of the FLOPs. A GPU works behind the program: there a step counts once a CUDA event that
+    was recorded after it has been reached, which is asked for and never waited for.
 
     Args:
-        num_images:     of the batch.
-        flops_per_step: of each of its steps.
-        device:         where it is sampled.
+        num_images:     number of images in the batch.
+        flops_per_step: FLOPs of each step.
+        device:         the device that samples the batch.
     """
 
     def __init__(self, num_images: int, flops_per_step: Sequence[int], device: torch.device) -> None:
@@ -47,8 +47,8 @@ class StepProgress:
         self._handed.append((event, step.index))
 
     def images(self) -> float:
-        """How many images the steps done so far amount to. For any thread."""
-        with contextlib.suppress(RuntimeError):  # what has gone wrong on the device is reported where it is used
+        """Return how many images the steps done so far amount to. Any thread may call it."""
+        with contextlib.suppress(RuntimeError):  # an error on the device is reported where its results are used
             while self._handed and self._handed[0][0].query():
                 self._done = self._images[self._handed.popleft()[1]]
         return self._done
@@ -57,7 +57,7 @@ class StepProgress:
 class Progress:
     """Shows images done of all, images per second since the start of this session, and the time left.
 
-    `update` may be called as often as one likes. Nothing is shown where `enabled` is False.
+    `update` may be called at any rate; lines appear at intervals of their own. If not `enabled`, nothing is shown.
     """
 
     def __init__(self, total: int, done: int = 0, *, enabled: bool = True, first_line: float = FIRST_LINE) -> None:
@@ -71,9 +71,10 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, **style)
 
     def update(self, done: float) -> None:
-        """Show that `done` images are done, those of earlier sessions included. For another thread to call.
+        """Show that `done` images are done, those of earlier sessions included. Any thread may call it.
 
-        Never goes back: between its last step and its files a batch is counted nowhere for a moment.
+        What is shown never decreases, though `done` may: a batch is counted nowhere for a moment between its last step
+        and its files.
         """
         with self._lock:
             self._done = min(max(self._done, done), self._total)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks the program to stop when its work is safe, a second one stops it at once."""
+"""SIGTERM and SIGINT: a first signal asks the program to stop when its work is safe; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ SAME_SIGNAL_SECONDS = 1.0  # Ctrl-C reaches a process from the terminal and agai
 
 
 class StopSignals:
-    """Notes the signals that ask for a stop; `wait` is what acts on them, so a thread has to call it again and again.
+    """Takes note of the signals that ask for a stop, and acts on them in `wait`, which a thread has to call repeatedly.
 
-    Python's own handlers run in the main thread between two operations, which on a GPU can be minutes apart. The
-    interpreter's wake-up socket tells any thread at once.
+    Python runs a handler in the main thread, and only between two bytecode instructions; a call into PyTorch can keep
+    these minutes apart. So the handlers do nothing, and the interpreter writes each signal's number to a socket, where
+    any thread can read it at once.
     """
 
     def __init__(self) -> None:
@@ -44,11 +45,11 @@ class StopSignals:
                 os._exit(128 + number)
 
     def wake(self) -> None:
-        """End a `wait` in another thread."""
+        """Make a `wait` in another thread return."""
         self._writer.send(b"\0")
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Give the signals back to their earlier handlers."""
         if self._replaced:
             signal.set_wakeup_fd(-1)
         for number, handler in self._replaced.items():

@@ -1,4 +1,21 @@
-"""Keeps the processes of a job together: signs of life, failures and requests to stop, passed on by a thread."""
+"""Keeps the processes of a job together: a thread passes on signs of life, failures and requests to stop.
+
+All of it goes through keys of the job's key-value store:
+
+    hello/RANK      a name that a process has invented for itself, so that rank 0 can answer this very process
+    welcome/NAME    rank 0's answer to the process NAME: the prefix of all keys below
+    beat/RANK       a rank's sign of life, written each second: a count of ticks, and the work that it has done
+    failures        how many ranks have failed; the first one prints its error
+    failed          the exit code with which all ranks are to end
+    stop            the number of the signal that asks the job to stop
+
+"hello" and "welcome" are there because torchrun restarts processes, but not their store, which then still holds the
+keys of earlier starts; and its agents on several machines may disagree about how many restarts there were, so that no
+number of torchrun's can tell one start from another. A process that read an old "failed" would exit at once, for a
+fault of the start before. So rank 0 invents a name for its start, and everything else is said under that name as a
+prefix. A "welcome" cannot be an old one, either, because it is addressed to a name that the process has only just
+invented.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +41,25 @@ STARTING, RUNNING, STOPPING = 600, 60, 5
 
 
 def nothing() -> float:
-    """What is under way while no work is in hand."""
+    """Return 0: `Watch.under_way` while no work is in hand."""
     return 0.0
 
 
 class Watch:
-    """One rank's view of the others.
+    """Watches the other ranks of a job, in a thread: rank 0 watches all others, and they watch rank 0.
+
+    Making one returns when this process has its place in the job, and rank 0 has answered it.
 
     Args:
-        root: the store of the job. It may hold what earlier starts have left, for torchrun restarts processes but not
-              its store, and its agents may count restarts differently. So rank 0 invents a name for this start, and
-              tells each process under a name that this process has invented.
+        root: the store of the job, which may hold what earlier starts have left.
 
     Attributes:
-        store:     the part of `root` that belongs to this start.
+        store:     `root` under the prefix that belongs to this start of the job.
         done:      units of work that this rank has finished; see `count`.
-        under_way: how many units the unfinished work in hand amounts to; called by the thread.
-        on_tick:   called each second, by the thread.
-        cut_off:   the store has gone.
+        under_way: returns how many units the unfinished work of this rank amounts to; the thread calls it.
+        on_tick:   called by the thread each second.
+        cut_off:   True once the store has gone.
+        leaving:   True while this rank exits, when the loss of the store is no failure.
     """
 
     def __init__(self, root: dist.Store, rank: int, world_size: int) -> None:
@@ -71,19 +89,19 @@ class Watch:
         return self._signals.received or self._told_to_stop
 
     def count(self, units: int) -> None:
-        """Add to `done`; any thread may call it."""
+        """Add to `done`. Any thread may call it."""
         with self._lock:
             self.done += units
 
     def all_done(self) -> float:
-        """What all ranks have done, with what is under way, as of about a second ago. For rank 0 only."""
+        """Add up the work that all ranks have done or have under way, as of about a second ago. For rank 0 only."""
         return self._units() + sum(float(beat.split()[1]) for beat in list(self._beats.values()))
 
     def _units(self) -> float:
         return self.done + self.under_way()
 
     def fail(self, message: str, code: int) -> None:
-        """Have the other ranks exit with `code`, and print why, unless another rank has done so."""
+        """Make the other ranks exit with `code`, and print the reason, unless another rank has failed before."""
         self._failed, first = True, True
         store = self.store or self.root
         with contextlib.suppress(RuntimeError):
@@ -95,12 +113,13 @@ class Watch:
             time.sleep(2 * TICK_SECONDS)  # the store may end with this process, before the others have heard
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and with it this rank's signs of life."""
         self._closed = True
         self._signals.wake()
         self._thread.join()
 
     def release_signals(self) -> None:
+        """Give the signals back to their earlier handlers."""
         self._signals.close()
 
     def _run(self) -> None:
@@ -118,6 +137,7 @@ class Watch:
             self.on_tick()
 
     def _listen(self, tick: int) -> None:
+        """Pass on and take note of failures, requests to stop and signs of life, once."""
         if self.store is None:  # rank 0 has not answered
             return self._hear(0)
         failure = peek(self.store, "failed")
@@ -138,7 +158,8 @@ class Watch:
     def _hear(self, rank: int) -> None:
         """Count the ticks since another rank's last sign of life, and end the job when there are too many.
 
-        Ticks instead of time, because a whole job may be suspended and go on hours later.
+        Ticks are counted instead of seconds because a job may be suspended as a whole and go on hours later: then no
+        rank has been silent by its own count, however late it is.
         """
         beat = peek(self.store, f"beat/{rank}") if self.store is not None else None
         if beat is not None and beat != self._beats.get(rank):
@@ -155,7 +176,7 @@ class Watch:
 
 
 def command_line() -> str:
-    """The command that continues what this process was started for, as far as a process can know."""
+    """Reconstruct the command that continues this job, as far as a process can know how it was launched."""
     launcher = "python"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         nodes, local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -164,10 +185,14 @@ def command_line() -> str:
 
 
 def put(store: dist.Store, key: str, value: str) -> None:
+    """Set `key` so that `peek` finds it: the value first, then a counter that says that the value is there."""
     store.set(key, value)
     store.add(f"{key}/count", 1)
 
 
 def peek(store: dist.Store, key: str) -> str | None:
-    """The value of `key`, or None if it is not there yet; `get` alone would wait for it."""
+    """Return the value of `key`, or None if it has not been put there yet.
+
+    A store's own `get` waits for a missing key. Adding 0 to the counter never waits, and gives 0 before `put`.
+    """
     return store.get(key).decode() if store.add(f"{key}/count", 0) else None

@@ -1,4 +1,4 @@
-"""Whether a batch fits into memory: a check before, and an explanation after."""
+"""Memory: a check before sampling whether a batch can fit, and an explanation if it did not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from util.errors import InputError
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: those free on a GPU, with what PyTorch keeps for later use; all that a CPU has."""
+    """Bytes of memory to work with: on a GPU those that are free or that PyTorch keeps for reuse, on a CPU all."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -21,9 +21,10 @@ def memory(device: torch.device) -> int:
 
 
 def memory_needed(model: MAR, cfg: float, cache: CachePolicy | None, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that sampling takes at least, for the weights and for each image of a batch.
+    """Bytes that sampling needs at least: those of the weights, and those of each image of a batch.
 
-    An image takes its cached keys and values, or else one block's rows. `model` may be on the meta device.
+    An image needs its cached keys and values, or without a token cache the activations of one block. `model` may be
+    on the meta device.
     """
     rows = model.buffer_size + model.seq_len
     if cache is not None and cache.token_cache:
@@ -50,7 +51,7 @@ def check_memory(
 
 @contextlib.contextmanager
 def out_of_memory_explained(batch_size: int) -> Iterator[None]:
-    """Turn PyTorch's ways to say so into an `InputError` that names the batch size to try."""
+    """Turn PyTorch's errors for lack of memory, which are many, into an `InputError` that names a batch size to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

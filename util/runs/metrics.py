@@ -38,8 +38,8 @@ def summarise(
         features = torch.from_numpy(np.concatenate([batch.features for batch in batches]))
         logits = torch.from_numpy(np.concatenate([batch.logits for batch in batches]))
         scores = score(features, logits, reference)
-        metrics.update(scores.metrics(extractor.kind), notes=scores.notes)
-        table.append(scores.table(extractor.kind))
+        metrics.update(scores.metrics(extractor.name), notes=scores.notes)
+        table.append(scores.table(extractor.name))
 
     # A process's first batches pay for what later ones find ready, so they count only where there are no others.
     timed = [batch for batch in batches if not math.isnan(batch.sample_seconds)]

@@ -51,7 +51,7 @@ class Options:
     statistics: Path | None = None
     inception_weights: Path | None = None
     output_dir: Path | None = None
-    save_images: bool = True  # False: those of the contact sheet alone
+    save_images: bool = True  # False: those of the image grid alone
     score: bool = True
     overwrite: bool = False
 
@@ -60,26 +60,26 @@ class Options:
         return PRESETS[self.model]
 
     @property
-    def shape(self) -> MAR:
-        """The network on the meta device: everything but the weights."""
+    def meta_model(self) -> MAR:
+        """The network on the meta device: its layers and their sizes, without weights."""
         return _on_meta(self.model)
 
     @property
     def sampling(self) -> dict:
-        """What decides how long sampling takes, as `flops_per_step` and `Sampler` name it."""
+        """The settings that decide how long sampling takes, under the names of `flops_per_step` and `Sampler`."""
         return {name: getattr(self, name) for name in ("num_iter", "cfg", "num_sampling_steps", "cache")}
 
     @property
     def flops(self) -> list[Flops]:
-        """What each step of sampling one image takes."""
+        """The FLOPs of each step of sampling one image."""
         return _flops(self)
 
     def labels(self) -> Sequence[int]:
         """The class of each image."""
-        return self.class_labels or labels_of_images(range(self.num_images), self.shape.class_num)
+        return self.class_labels or labels_of_images(range(self.num_images), self.meta_model.class_num)
 
     def settings(self, device: torch.device, dtype: torch.dtype) -> dict:
-        """What the images depend on, apart from the weights."""
+        """The settings that the images depend on, apart from the weights, as `run.json` holds them."""
         names = ["model", "num_images", "class_labels", "eval_bsz", "num_iter", "cfg", "cfg_schedule", "temperature"]
         return {
             **{name: getattr(self, name) for name in [*names, "num_sampling_steps", "seed"]},
@@ -99,15 +99,12 @@ def _on_meta(model: str) -> MAR:
 
 @functools.lru_cache
 def _flops(options: Options) -> list[Flops]:
-    return flops_per_step(options.shape, **options.sampling)
+    return flops_per_step(options.meta_model, **options.sampling)
 
 
 def check(options: Options) -> Options:
-    """The options with their defaults filled in.
-
-    Raises InputError for a value out of range, naming its flag.
-    """
-    model, preset = options.shape, options.preset
+    """Fill in the defaults of options. Raises InputError for a value out of range, naming its flag."""
+    model, preset = options.meta_model, options.preset
     if options.class_labels is not None:
         if not options.class_labels or not all(0 <= label < model.class_num for label in options.class_labels):
             raise InputError(f"--class_labels must be classes of {options.model}, from 0 to {model.class_num - 1}")

@@ -141,7 +141,7 @@ def open_run(job: Job, options: Options) -> Run:
     reference = Statistics.load(options.statistics, FEATURES_DIMS[features]) if options.score else None
     weights = {options.model: options.resume, "the VAE": options.vae_path}
     files = {what: find_weights(path, what) for what, path in weights.items()}
-    check_memory(options.shape, options.eval_bsz, options.cfg, options.cache, dtype, device)
+    check_memory(options.meta_model, options.eval_bsz, options.cfg, options.cache, dtype, device)
 
     with disk_faults_explained(options.output_dir):
         settings = job.share(
@@ -161,8 +161,8 @@ def open_run(job: Job, options: Options) -> Run:
         folder.check_disk(unfinished)
     done = folder.num_images - folder.count_images(unfinished)
     job.print0(f"{folder.path}: {done:,} of {folder.num_images:,} images are there")
-    if options.class_labels is None and options.num_images % options.shape.class_num:
-        job.print0(f"note: {options.num_images:,} images are not a multiple of {options.shape.class_num} classes")
+    if options.class_labels is None and options.num_images % options.meta_model.class_num:
+        job.print0(f"note: {options.num_images:,} images are not a multiple of {options.meta_model.class_num} classes")
     return Run(job, options, device, dtype, settings, folder, unfinished, extractor, reference)
 
 
@@ -172,7 +172,7 @@ def run_folder(options: Options, extractor: str | None = None) -> RunFolder:
         path=options.output_dir,
         labels=options.labels(),
         batch_size=options.eval_bsz,
-        image_size=options.shape.img_size,
+        image_size=options.meta_model.img_size,
         extractor=extractor,
         saved=lambda index: options.save_images or index < GRID_IMAGES,
     )

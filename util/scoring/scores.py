@@ -1,7 +1,8 @@
-"""FID and Inception Score by stock torch-fidelity, from features that are at hand and a file of reference statistics.
+"""FID and Inception Score, computed by stock torch-fidelity.
 
-torch-fidelity compares two folders of images. Here each half stands alone: features come out of an extractor a batch at
-a time, so that images are scored as they are made, and the reference is a `.npz` of `mu` and `sigma`.
+torch-fidelity by itself compares two folders of images. Here its parts are used one by one: an extractor computes the
+features of a batch, so that images are scored as they are made, and the images to compare with are given by the mean
+and covariance of their features in a `.npz` file, `mu` and `sigma`.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from util.weights.download import RemoteFile, download
 
 INCEPTION_SPLITS = DEFAULTS["isc_splits"]  # the Inception Score is the mean over this many parts of the images
 INCEPTION_FILE = URL_INCEPTION_V3.rpartition("/")[2]
-FEATURES_DIMS = {"inception": 2048, "fashion": FEATURES_DIM}  # kind of features: their number per image
+FEATURES_DIMS = {"inception": 2048, "fashion": FEATURES_DIM}  # features per image, by the extractor's name
 
 
 class Extractor:
-    """uint8 images [B, 3, H, W] -> features [B, F] and logits [B, K], float32, both on the extractor's device.
+    """Maps uint8 images [B, 3, H, W] to features [B, F] and logits [B, K], float32, both on the extractor's device.
 
     Attributes:
-        kind:         "inception" or "fashion".
+        name:         "inception" or "fashion".
         features_dim: F, 2048 or 128. K is 1008 or 10.
         device:       where the network is; images may be anywhere.
     """
 
-    def __init__(self, kind: str, network: torch.nn.Module, device: torch.device | str):
-        self.kind = kind
-        self.features_dim = FEATURES_DIMS[kind]
+    def __init__(self, name: str, network: torch.nn.Module, device: torch.device | str) -> None:
+        self.name = name
+        self.features_dim = FEATURES_DIMS[name]
         self.device = torch.device(device)
         self.network = network.to(self.device)
 
@@ -48,11 +49,11 @@ class Extractor:
         return self.network(images.to(self.device))
 
 
-def load_extractor(kind: str, weights_path: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """The network that scores images.
+def load_extractor(name: str, weights_path: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """Load the network whose features images are scored by.
 
     Args:
-        kind:         "inception": torch-fidelity's "inception-v3-compat", the standard for FID and IS.
+        name:         "inception": torch-fidelity's "inception-v3-compat", the standard for FID and IS.
                       "fashion":   the Fashion-MNIST classifier, for 32 x 32 images; see `util.scoring.classifier`.
         weights_path: its weights. Default: the shipped classifier; for Inception, torch-fidelity's file in PyTorch's
                       hub folder, downloaded (95 MB) if it is not there. Let one process load it first.
@@ -60,13 +61,13 @@ def load_extractor(kind: str, weights_path: str | Path | None = None, device: to
     Raises:
         InputError: the weights are missing and cannot be downloaded, are damaged, hold code, or do not fit.
     """
-    if kind == "fashion":
+    if name == "fashion":
         network = FashionFeatureExtractor(
             FEATURE_EXTRACTOR_NAME, ["features", "logits"], feature_extractor_weights_path=weights_path
         )
     else:
         network = _load_inception(Path(weights_path) if weights_path else _downloaded_inception())
-    return Extractor(kind, network, device)
+    return Extractor(name, network, device)
 
 
 def _downloaded_inception() -> Path:
@@ -110,7 +111,7 @@ class Statistics:
 
     @classmethod
     def from_features(cls, features: torch.Tensor) -> Statistics:
-        """Of features [N, F]. Raises InputError unless there are two images or more, with finite features."""
+        """Compute them from features [N, F]. Raises InputError unless N is at least 2 and all features are finite."""
         _check_finite(features)
         if len(features) < 2:
             raise InputError(f"statistics take at least 2 images, and there are {len(features)}: add images.")
@@ -162,17 +163,17 @@ class Scores:
     is_std: float | None
     notes: tuple[str, ...] = ()
 
-    def metrics(self, kind: str) -> dict[str, float | None]:
-        """The scores by name; names tell Inception's numbers ("inception") from the classifier's ("fashion")."""
-        if kind == "inception":
+    def metrics(self, extractor: str) -> dict[str, float | None]:
+        """The scores by name. Names tell those of one `extractor` ("inception", "fashion") from those of the other."""
+        if extractor == "inception":
             names = KEY_METRIC_FID, KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD
         else:
             names = "fid_fashion_classifier", "isc_fashion_classifier_mean", "isc_fashion_classifier_std"
         return dict(zip(names, (self.fid, self.is_mean, self.is_std)))
 
-    def table(self, kind: str) -> str:
-        """The scores for a person: a line each, then the notes."""
-        network = "Inception" if kind == "inception" else "Fashion-MNIST classifier, not Inception"
+    def table(self, extractor: str) -> str:
+        """The scores for a person to read, a line each, then the notes."""
+        network = "Inception" if extractor == "inception" else "Fashion-MNIST classifier, not Inception"
         deviation = "" if self.is_std is None else f" ± {self.is_std:.4f}"
         lines = [f"FID              {_number(self.fid)}", f"Inception Score  {_number(self.is_mean)}{deviation}"]
         return "\n".join([f"features: {network}", *lines, *(f"note: {note}" for note in self.notes)])
@@ -218,7 +219,7 @@ def score(features: torch.Tensor, logits: torch.Tensor, reference: Statistics) -
 
 
 def _check_finite(values: torch.Tensor) -> None:
-    """`values`: [N, F], a row per image."""
+    """Raise InputError, naming the first image, unless all `values` [N, F] are finite."""
     broken = (~values.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         raise InputError(f"the features of {len(broken)} images are not finite, first of number {broken[0]}.")

@@ -36,8 +36,9 @@ def fit(
     """Train `module` in place for `steps` optimizer steps and return the average of its weights.
 
     Args:
-        loss:            computes one step's loss; draws everything random from the generator it is given, which
-                         depends on the step alone, so that a resumed run sees the batches of an uninterrupted one.
+        loss:            computes the loss of one step. It must draw everything random from the generator that it is
+                         given: its seed is the step's number, so that a resumed run sees the batches of an
+                         uninterrupted one.
         folder:          holds `training.pt`, from which the same call continues.
         no_weight_decay: prefixes of the names of parameters without weight decay, besides biases and norms.
         slow:            prefixes of the names of parameters that learn at a tenth of `lr`, without weight decay.
@@ -96,8 +97,10 @@ def fit(
     return average.eval()
 
 
-def _restore(checkpoint: Path, module: nn.Module, average: nn.Module, optimizer, steps: int) -> int:
-    """Load a run's state; the step to go on from."""
+def _restore(
+    checkpoint: Path, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> int:
+    """Load a run's state from its checkpoint, and return the step to go on from."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         module.load_state_dict(state["model"])

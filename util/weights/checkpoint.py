@@ -138,7 +138,7 @@ def find_weights(path: str | os.PathLike, what: str) -> Path:
 
 
 def _download_command(file: Path) -> str | None:
-    """How to fetch `file`, if it is where a public download goes."""
+    """Say how to fetch `file`, if it is where a public download goes; None if it is not."""
     for name, remote in FILES.items():
         if file.match(remote.path):
             root = file.absolute().parents[len(Path(remote.path).parts) - 1]
@@ -148,7 +148,7 @@ def _download_command(file: Path) -> str | None:
 
 
 def _read(path: Path) -> dict:
-    """Contents of a checkpoint of either kind; tensors stay in the mapped file until they are used."""
+    """Read a PyTorch or safetensors file; tensors stay in the mapped file until they are used."""
     with path.open("rb") as file:
         head = file.read(9)
     try:
@@ -203,10 +203,10 @@ def _check_fit(
     missing = [name for name in expected if name not in tensors]
     unexpected = [str(name) for name in tensors if name not in expected]
     common = [name for name in expected if name in tensors]
-    for kind, names in (("lacks", missing), ("has the unknown", unexpected)):
+    for fault, names in (("lacks", missing), ("has the unknown", unexpected)):
         if names:
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-            faults.append(f"{kind} {', '.join(names[:2])}{more}")
+            faults.append(f"{fault} {', '.join(names[:2])}{more}")
     unusable = [name for name in common if not _is_plain(tensors[name], expected[name])]
     if unusable:
         faults.append(f"has no usable numbers in {', '.join(unusable[:2])}")
