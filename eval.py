@@ -143,7 +143,6 @@ def generate(
 ) -> Iterator[Batch]:
     """Make the images of each batch that this rank claims, unless all are there and only its record was lost."""
     device, labels = model.mask_token.device, torch.tensor(options.labels())
-    made = Counter()  # batches, by their size
     flops_per_step = [step.total for step in options.flops]
     sampler = Sampler(
         model,
@@ -157,7 +156,7 @@ def generate(
         batch.pixels = run.read_pixels(number)
         if batch.pixels is None:
             indices = run.indices(number)
-            first = made[len(indices)] < (1 if sampler.record is None else 2)  # the second one is recorded if it can be
+            first = not sampler.is_warm(len(indices))
             batch = Batch(number, indices, first=first, worker=machine.where(device))
             with out_of_memory_explained(options.eval_bsz):
                 start = time.perf_counter()
@@ -171,7 +170,6 @@ def generate(
                 check_finite(images, "decoded pixels", batch.indices)
                 batch.pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
             batch.sample_seconds, batch.decode_seconds = sampled - start, time.perf_counter() - sampled
-            made[len(indices)] += 1
         yield batch
 
 

@@ -283,7 +283,12 @@ class Reproduction:
         """Print a row's plan, operations, memory and time. Returns the estimated seconds per image."""
         model, steps = options.shape, options.flops
         plan = make_plan(
-            model.seq_len, model.buffer_size, options.num_iter, options.cfg, options.cfg_schedule, options.cache
+            model.seq_len,
+            model.buffer_size,
+            num_iter=options.num_iter,
+            cfg=options.cfg,
+            cfg_schedule=options.cfg_schedule,
+            policy=options.cache,
         )
         lazy = [step for step in plan if not step.refresh]
         steps_in_words = f"{len(plan)} steps: {len(plan) - len(lazy)} in full, {len(lazy)} lazy"

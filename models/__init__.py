@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from models.lazymar.flops import count_flops
-from models.lazymar.plan import CachePolicy
-from models.lazymar.sampler import ImageNoise, Sampler, sample_tokens
+from models.lazymar.noise import ImageNoise
+from models.lazymar.policy import CachePolicy
+from models.lazymar.sampler import Sampler, sample_tokens
 from models.linear import pack_linear_layers
 from models.mar import MAR, cast_model
 from models.presets import PRESETS, Preset

@@ -13,7 +13,6 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.diffloss import DiffusionLoss
-from models.linear import Linear
 
 
 class Attention(nn.Module):
@@ -24,17 +23,11 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"the embedding width {dim} is not a multiple of the {num_heads} attention heads")
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.qkv(x).chunk(3, dim=-1)  # each [B, rows, D]
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.qkv.part(x, slice(x.shape[-1]))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.qkv.part(x, slice(x.shape[-1], None)).chunk(2, dim=-1)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # [B, rows, heads, head_dim]

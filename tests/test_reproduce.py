@@ -27,7 +27,7 @@ import reproduce as program
 from models import PRESETS, CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.plan import make_plan
-from models.lazymar.sampler import Transformer
+from models.lazymar.selection import RowSelection
 from util.errors import InputError
 from util.job.processes import launch
 from util.report import figures
@@ -128,14 +128,15 @@ def test_more_ablation_images_than_there_will_be_are_refused_before_long_work(tm
 
 def selected_rows(monkeypatch, model, num_images: int, policy: CachePolicy) -> list[tuple]:
     """(step, rows [B, kept]) of each choice of rows in a run."""
-    choices, choose = [], Transformer._select_rows
+    choices, choose = [], RowSelection.__call__
 
-    def record(self, step, block, values):
-        rows = choose(self, step, block, values)
-        choices.append((step, rows.view(len(values), -1) % self.num_rows))
+    def noting(self, step, attention, values):
+        rows = choose(self, step, attention, values)
+        if rows is not None:
+            choices.append((step, rows))
         return rows
 
-    monkeypatch.setattr(Transformer, "_select_rows", record)
+    monkeypatch.setattr(RowSelection, "__call__", noting)
     noise = ImageNoise(model, 3, range(num_images), 2)
     settings = {"num_iter": 10, "cfg": 2.0, "num_sampling_steps": 2, "cache": policy}
     sample_tokens(model, torch.arange(num_images) % model.class_num, noise=noise, **settings)
@@ -178,7 +179,7 @@ def test_selection_is_a_flag_of_eval():
 def test_operations_per_step_sum_to_the_total_and_follow_the_plan():
     with torch.device("meta"):
         model = create_model("mar_tiny")
-    plan = make_plan(model.seq_len, model.buffer_size, 16, 4.0, "linear", None)
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter=16, cfg=4.0, policy=None)
     for policy in (None, CachePolicy(), CachePolicy(selection="random")):
         steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
         total = count_flops(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
@@ -219,7 +220,7 @@ def test_traced_features_are_the_networks():
     noise = ImageNoise(model, 0, range(2), 2)
     labels, order = torch.tensor([3, 7]), noise.orders.flip(1)
     tokens = torch.randn(2, model.seq_len, model.token_dim)
-    plan = make_plan(model.seq_len, model.buffer_size, 6, 3.0, "linear", None)
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter=6, cfg=3.0, policy=None)
     with torch.inference_mode():
         for features in trace(model, labels, plan, tokens, order, layer=3):
             known, masked = order[:, : features.step.start], order[:, features.step.start :]

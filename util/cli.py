@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import NoReturn
 
-from models.lazymar.plan import CachePolicy
+from models.lazymar.policy import CachePolicy
 from util.errors import InputError
 
 

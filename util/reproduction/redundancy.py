@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import MAR, CachePolicy, ImageNoise, sample_tokens
-from models.lazymar.plan import Step, make_plan
+from models.lazymar.plan import Plan, Step, make_plan
 
 MAX_DISTANCE = CachePolicy().refresh_interval  # steps over which differences are compared
 ROW_GROUPS = ("predicted at the step before", "predicted at this step", "all others")
@@ -29,7 +29,7 @@ class Features(NamedTuple):
     output: Tensor
 
 
-def trace(model: MAR, class_labels: Tensor, plan: list[Step], tokens: Tensor, order: Tensor, layer: int) -> Iterator:
+def trace(model: MAR, class_labels: Tensor, plan: Plan, tokens: Tensor, order: Tensor, layer: int) -> Iterator:
     """The `Features` of each step of a finished run.
 
     A step sees nothing but the tokens that were predicted before it, so its features can be had afterwards.
@@ -97,7 +97,7 @@ def measure_redundancy(
     tokens = model.patchify(sample_tokens(model, labels, noise=noise, **settings)).to(model.mask_token.dtype)
     order = noise.orders.to(device).flip(1)
     tokens = tokens.gather(1, order[..., None].expand_as(tokens))
-    plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, "linear", None)
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter=num_iter, cfg=cfg, policy=None)
     layer = min(CachePolicy().prune_layer, len(model.decoder_blocks) - 1)
 
     values, output = ({group: Band() for group in ROW_GROUPS} for _ in range(2))

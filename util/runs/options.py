@@ -113,7 +113,15 @@ def check(options: Options) -> Options:
         raise InputError(f"--temperature must be a finite number of at least 0, not {options.temperature}")
     cfg = preset.cfg if options.cfg is None else options.cfg
     try:
-        make_plan(model.seq_len, model.buffer_size, options.num_iter, cfg, options.cfg_schedule, options.cache)
+        make_plan(
+            model.seq_len,
+            model.buffer_size,
+            num_iter=options.num_iter,
+            cfg=cfg,
+            cfg_schedule=options.cfg_schedule,
+            num_sampling_steps=options.num_sampling_steps,
+            policy=options.cache,
+        )
     except ValueError as error:
         raise InputError(f"--{error}") from None
     if options.cache is not None and options.cache.prune_layer >= len(model.decoder_blocks):
