@@ -1,7 +1,7 @@
 """Captured steps, replayed on other batches, compute what the sampler computes eagerly.
 
-A stand-in captures on the CPU what CUDA graphs capture on a GPU: the operations and the memory that they read and write.
-What a capture leaves out, such as a value that was on the host, is then wrong in the same way.
+A stand-in captures on the CPU what CUDA graphs capture on a GPU: the operations, and the memory that they read and
+write. What a capture leaves out, such as a value that was on the host, is then wrong in the same way.
 """
 
 from __future__ import annotations
