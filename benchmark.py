@@ -37,6 +37,7 @@ from models import (
 )
 from models.lazymar.flops import Flops, count_decoding_flops
 from models.vae import for_inference
+from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.machine import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
@@ -243,29 +244,25 @@ def plot(results: list[Measurement], title: str, path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mar_base"], choices=list(PRESETS), metavar="MODEL")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1], metavar="N")
-    parser.add_argument("--num_iter", nargs="+", type=int, default=[64], metavar="N", help="autoregressive steps")
-    parser.add_argument("--dtypes", nargs="+", default=["auto"], choices=("auto", *DTYPES), metavar="DTYPE")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
-    parser.add_argument("--num_sampling_steps", type=int, default=100)
-    parser.add_argument("--profile", action="store_true", help="print, too, what takes longest in the last method")
-    parser.add_argument("--output", type=Path, help="write everything there too (JSON)")
-    parser.add_argument("--plot", type=Path, help="write a plot there (.png, .svg or .pdf)")
-    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="only --plot what --output has written")
+    parser = Parser(__doc__, usage="%(prog)s [flags]")
+    add = partial(parser.add, nargs="+")
+    add("--models", str, "models to time", default=["mar_base"], choices=PRESETS, metavar="MODEL")
+    add("--methods", str, "methods to time", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    add("--batch_sizes", int, "batch sizes to time", default=[1], minimum=1)
+    add("--num_iter", int, "numbers of autoregressive steps to time", default=[64], minimum=1)
+    add("--dtypes", str, "dtypes to time", default=["auto"], choices=("auto", *DTYPES), metavar="DTYPE")
+    parser.add_fields(Options, "device", "num_sampling_steps")
+    parser.add("--repeats", int, "runs of each method, of which the median counts", default=3, minimum=1)
+    parser.add("--profile", bool, "print, too, which operators take longest in the last method")
+    parser.add("--output", Path, "write all measurements there, too (JSON)", metavar="FILE")
+    parser.add("--plot", Path, "write a plot of the measurements there (.png, .svg or .pdf)", metavar="FILE")
+    add("--join", Path, "measure nothing, and --plot what earlier commands wrote with --output", metavar="JSON")
     return parser.parse_args(argv)
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for flag in ("batch_sizes", "repeats", "num_iter", "num_sampling_steps"):
-        value = getattr(args, flag)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            raise InputError(f"--{flag} must be at least 1, not {value}")
     if args.join and not args.plot:
         raise InputError("--join draws what was measured before: give --plot, too")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):

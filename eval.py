@@ -268,7 +268,7 @@ def write_sheet(run: RunFolder, options: Options) -> None:
 
 
 def main(job: Job) -> None:
-    evaluate(job, parse_options(__doc__.partition("\n")[0]))
+    evaluate(job, parse_options(__doc__))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from models import PRESETS, CachePolicy
 from models.lazymar.flops import Flops
+from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.report import figures
@@ -564,12 +565,17 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add("--results", Path, "folder that reproduce.py wrote to, its --output_dir", metavar="FOLDER",
+               default=Path("output/reproduce"))  # fmt: skip
+    parser.add("--output", Path, "the page to write", metavar="FILE", default_text="report.html in --results")
+    return parser.parse_args(arguments)
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("output/reproduce"), help="reproduce.py's --output_dir")
-    parser.add_argument("--output", type=Path, help="the page (default: report.html among the results)")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     output = args.output or args.results / "report.html"
     report = Report.read(args.results)
     page, pictures = report.page()

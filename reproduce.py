@@ -366,31 +366,23 @@ def duration(seconds: float) -> str:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """Raises InputError for what cannot be asked for."""
-    parser = Parser(__doc__.partition("\n")[0])
-    add, default = parser.add_argument, Options
-    add("--models", nargs="+", default=list(PRESETS), choices=list(PRESETS), metavar="MODEL",
-        help=f"to evaluate, of {', '.join(PRESETS)} (default: all)")  # fmt: skip
-    add("--num_images", type=int, help=f"per row of the table (default: 50,000, and 2,000 of {ABLATED_MODEL})")
-    add("--eval_bsz", type=int, help=f"images sampled together by a process (default: 128, and 25 of {ABLATED_MODEL})")
-    add("--num_iter", type=int, default=default.num_iter, help="autoregressive steps")
-    add("--num_sampling_steps", type=int, default=default.num_sampling_steps, help="denoising steps of the head")
-    add("--seed", type=int, default=default.seed, help="with an image's number, decides all that is random about it")
-    add("--device", default=default.device, choices=("auto", "cpu", "cuda"))
-    add("--dtype", default=default.dtype, choices=("auto", *machine.DTYPES))
-    add("--inception_weights", type=Path, help="torch-fidelity's file, where it cannot be downloaded")
-    add("--ablations", nargs="+", default=["all"], metavar="NAME",
-        help=f"of {ABLATED_MODEL}: all, none, or some of {', '.join(ABLATIONS)}")  # fmt: skip
-    add("--ablation_images", type=int, help=f"images of each ablation (default: up to {ABLATION_IMAGES})")
-    add("--output_dir", type=Path, default=Path("output/reproduce"), help="of all runs and results")
-    add("--overwrite", action="store_true", help="make what was made with other settings again")
-    add("--dry_run", action="store_true", help="print plan, operations, memory and a time estimate; write nothing")
+    """Read the command line. Raises InputError for what cannot be asked for."""
+    parser = Parser(__doc__, usage="%(prog)s [flags]")
+    parser.add("--models", str, "models to run", nargs="+", default=list(PRESETS), choices=PRESETS, metavar="MODEL")
+    parser.add("--num_images", int, "images for each row of the table", minimum=1,
+               default_text=f"50000, and 2000 of {ABLATED_MODEL}")  # fmt: skip
+    parser.add("--eval_bsz", int, "batch size: images that each process samples at a time", minimum=1,
+               default_text=f"128, and 25 of {ABLATED_MODEL}")  # fmt: skip
+    parser.add_fields(Options, "num_iter", "num_sampling_steps", "seed", "device", "dtype", "inception_weights")
+    parser.add("--ablations", str, f"ablations of {ABLATED_MODEL}: all, none, or some of {', '.join(ABLATIONS)}",
+               nargs="+", default=["all"], metavar="ABLATION")  # fmt: skip
+    parser.add("--ablation_images", int, "images of each ablation, from the table's rows", minimum=1,
+               default_text=f"{ABLATION_IMAGES}, or as many as there are")  # fmt: skip
+    parser.add("--output_dir", Path, "folder of runs and results", default=Path("output/reproduce"), metavar="FOLDER")
+    parser.add("--overwrite", bool, "make again what was made with other settings")
+    parser.add("--dry_run", bool, "print the plan, FLOPs, memory and an estimate of the time, and write nothing")
     args = parser.parse_args(arguments)
     choose_ablations(args.ablations)
-    for flag in ("num_images", "ablation_images", "eval_bsz"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise InputError(f"--{flag} must be at least 1, not {value}")
     args.models = [model for model in PRESETS if model in args.models]
     return args
 

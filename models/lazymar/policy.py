@@ -9,8 +9,9 @@ SELECTIONS = ("similarity", "random")
 REFERENCE_STEPS = 64  # the number of steps that the kept fractions are listed for
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _option(default: Any, help_text: str, **shown: str) -> Any:
+    """Declare a field with what a command line says about it."""
+    return field(default=default, metadata={"help": help_text, **shown})
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class CachePolicy:
         "fraction of rows that pass the prune layer, from each listed step of 64 on",
     )
     min_margin: int = _option(15, "rows kept at least, besides those predicted at this step and the one before")
-    selection: str = _option("similarity", "which rows pass the prune layer: the least similar, or any (random)")
+    selection: str = _option(
+        "similarity", "which rows pass the prune layer: the least similar, or any", metavar="{similarity,random}"
+    )
     head_refresh_interval: int = _option(7, "denoising steps whose index is a multiple of this run the head in full")
     head_skipped_blocks: tuple[int, ...] = _option((1, 2, 3, 4), "head blocks replaced by what they last added")
     head_warmup: float = _option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
