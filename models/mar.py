@@ -7,6 +7,8 @@ what a sampler needs of a block (its queries, keys and values apart from its out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -110,7 +112,7 @@ class MAR(nn.Module):
         self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
         rows = buffer_size + self.seq_len
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, encoder_embed_dim))
-        self.encoder_blocks = nn.ModuleList(
+        self.encoder_blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(encoder_embed_dim, encoder_num_heads, mlp_ratio) for _ in range(encoder_depth)
         )
         self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
@@ -118,7 +120,7 @@ class MAR(nn.Module):
         self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, decoder_embed_dim))
-        self.decoder_blocks = nn.ModuleList(
+        self.decoder_blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)

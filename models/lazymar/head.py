@@ -96,18 +96,19 @@ class HeadSampler:
 
         self.input_weight, self.input_bias = _parameters(head.input_proj, dtype)
         self.output_layer = _parameters(head.final_layer.linear, dtype)
+        self.blocks_dtype = next(head.res_blocks[0].mlp.parameters()).dtype
         self.norms = [_parameters(block.in_ln, dtype) for block in head.res_blocks]
 
     def _modulation_layers(self, kind: DenoisingStep) -> list[tuple[Linear, slice]]:
         """Return the layers whose outputs a step of this kind uses, in the order of use, and which of these."""
         layers = []
         for skipped, blocks in self.block_runs:
-            for layer in (self.head.res_blocks[number].adaLN_modulation[1] for number in blocks):
+            for layer in (self.head.res_blocks[number].modulation for number in blocks):
                 if kind is DenoisingStep.REFRESH or (kind is DenoisingStep.WARMUP and not skipped):
                     layers.append((layer, slice(None)))
                 elif not skipped:  # a stored MLP output needs only its gate
                     layers.append((layer, slice(2 * layer.in_features, None)))
-        return [*layers, (self.head.final_layer.adaLN_modulation[1], slice(None))]
+        return [*layers, (self.head.final_layer.modulation, slice(None))]
 
     def __call__(self, conditions: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Return tokens [n, C] for `conditions` [n, D], or [2n, D] under guidance, the conditional branch first.
@@ -182,8 +183,9 @@ class HeadSampler:
 
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         block = self.head.res_blocks[number]
-        normed = F.layer_norm(h, h.shape[-1:], *self.norms[number], block.in_ln.eps)
-        return block.mlp(modulate(normed, shift, scale).to(block.mlp[0].weight.dtype))
+        weight, bias = self.norms[number]
+        normed = F.layer_norm(h, h.shape[-1:], weight, bias, block.in_ln.eps)
+        return block.mlp(modulate(normed, shift, scale).to(self.blocks_dtype))
 
     def _predict(self, kind: DenoisingStep, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
         """Return eps and v [n, C] of the conditional branch; a refresh stores the difference to guide by."""

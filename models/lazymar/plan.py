@@ -168,12 +168,16 @@ def make_plan(
         raise ValueError(f"cfg_schedule must be {' or '.join(CFG_SCHEDULES)}, not {cfg_schedule!r}")
     num_rows = buffer_size + seq_len
     known = [seq_len - masked for masked in tokens_masked(seq_len, num_iter)]
-    refreshes = [policy is None or policy.is_refresh(index) for index in range(num_iter)]
-    token_cache = policy is not None and policy.token_cache
     num_branches = 1 if cfg == 1 else 2
-    condition_cache = policy is not None and policy.condition_cache and num_branches == 2
-    lazy_branches = 1 if condition_cache else num_branches
     head = make_head_plan(num_sampling_steps, policy, num_branches)
+    prune_layer = None
+    if policy is None:  # every step is a refresh, and nothing is cached
+        policy = CachePolicy(start_step=num_iter, token_cache=False, condition_cache=False)
+    elif policy.token_cache:
+        prune_layer = policy.prune_layer
+    condition_cache = policy.condition_cache and num_branches == 2
+    lazy_branches = 1 if condition_cache else num_branches
+    refreshes = [policy.is_refresh(index) for index in range(num_iter)]
 
     steps = []
     for index, (start, stop) in enumerate(zip(known, known[1:])):
@@ -181,7 +185,7 @@ def make_plan(
         # The schedule counts one token as masked at the last step.
         scale = 1 + (cfg - 1) * min(stop, seq_len - 1) / seq_len if cfg_schedule == "linear" else cfg
         num_kept, horizon = num_rows, index + 1
-        if token_cache and not refresh:
+        if policy.token_cache and not refresh:
             wanted = int(num_rows * policy.kept_fraction(index, num_iter))
             num_kept = min(num_rows, max(stop - previous + policy.min_margin, wanted))
         if condition_cache and refresh:
@@ -196,20 +200,13 @@ def make_plan(
                 cfg=scale,
                 refresh=refresh,
                 num_branches=num_branches if refresh else lazy_branches,
-                reuses_tokens=token_cache and not refresh,
+                reuses_tokens=policy.token_cache and not refresh,
                 num_kept=num_kept,
                 horizon=known[horizon],
                 head=head,
             )
         )
-    return Plan(
-        steps=tuple(steps),
-        num_rows=num_rows,
-        num_branches=num_branches,
-        lazy_branches=lazy_branches,
-        prune_layer=policy.prune_layer if token_cache else None,
-        selection=policy.selection if policy is not None else "similarity",
-    )
+    return Plan(tuple(steps), num_rows, num_branches, lazy_branches, prune_layer, policy.selection)
 
 
 def describe(plan: Plan) -> str:

@@ -5,7 +5,7 @@ Only `Sampler` uses this, and offers `warm_up` and `is_warm` for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,29 +39,23 @@ class CudaCapture:
 
 
 class CapturedFunction:
-    """A function of tensors, captured at its first call and replayed at each, for inputs of the same shapes.
+    """A function of tensors, captured with the inputs it is made with, and replayed for others of the same shapes.
 
-    The result is overwritten by the next call. Raises CaptureError at the first call if capturing fails.
+    The result is overwritten by the next call. Raises CaptureError if capturing fails.
     """
 
-    def __init__(self, function: Callable[..., Tensor], capture: Capture) -> None:
-        self.function, self.capture = function, capture
-        self.inputs: tuple[Tensor, ...] = ()
-        self.replay: Callable[[], None] | None = None
-        self.result: Tensor | None = None
+    def __init__(self, function: Callable[..., Tensor], capture: Capture, inputs: Sequence[Tensor]) -> None:
+        try:
+            self.inputs = [given.clone() for given in inputs]
+            self.replay, self.result = capture(lambda: function(*self.inputs))
+            self.replay()  # the first time, the graph still has to find room on the device
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.replay is None:
-            try:
-                self.inputs = tuple(given.clone() for given in inputs)
-                self.replay, self.result = self.capture(lambda: self.function(*self.inputs))
-                self.replay()  # the first time, the graph still has to find room on the device
-            except RuntimeError as error:
-                raise CaptureError(str(error)) from error
-        else:
-            for held, given in zip(self.inputs, inputs):
-                held.copy_(given)
-            self.replay()
+        for held, given in zip(self.inputs, inputs):
+            held.copy_(given)
+        self.replay()
         return self.result
 
 
@@ -86,7 +80,8 @@ class Executor:
             self.is_warm = self.is_warm or self._make_capture is None  # libraries and packed weights are ready
             return function(*inputs)
         if key not in self._captured:
-            self._captured[key] = CapturedFunction(function, self._capture)
+            self._captured[key] = CapturedFunction(function, self._capture, inputs)
+            return self._captured[key].result
         return self._captured[key](*inputs)
 
     def end_batch(self) -> None:
