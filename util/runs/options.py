@@ -12,7 +12,7 @@ import torch
 
 from models import MAR, PRESETS, CachePolicy, Preset, create_model
 from models.lazymar.flops import Flops, flops_per_step
-from models.lazymar.plan import CFG_SCHEDULES, make_plan
+from models.lazymar.plan import CFG_SCHEDULES, Plan, make_plan
 from models.lazymar.sampler import SAMPLER_VERSION
 from util.cli import Parser, check_ranges, flag
 from util.errors import InputError
@@ -101,6 +101,19 @@ class Options:
         """What each step of sampling one image takes."""
         return _flops(self)
 
+    @property
+    def plan(self) -> Plan:
+        """What each step computes. Raises ValueError, naming the setting, for one that is out of range."""
+        return make_plan(
+            self.shape.seq_len,
+            self.shape.buffer_size,
+            num_iter=self.num_iter,
+            cfg=self.preset.cfg if self.cfg is None else self.cfg,
+            cfg_schedule=self.cfg_schedule,
+            num_sampling_steps=self.num_sampling_steps,
+            policy=self.cache,
+        )
+
     def labels(self) -> Sequence[int]:
         """The class of each image. Every class comes as often as any other, up to one, however far a run has come."""
         return self.class_labels or [index % self.shape.class_num for index in range(self.num_images)]
@@ -142,15 +155,7 @@ def check(options: Options) -> Options:
     check_ranges(options)
     cfg = preset.cfg if options.cfg is None else options.cfg
     try:
-        make_plan(
-            model.seq_len,
-            model.buffer_size,
-            num_iter=options.num_iter,
-            cfg=cfg,
-            cfg_schedule=options.cfg_schedule,
-            num_sampling_steps=options.num_sampling_steps,
-            policy=options.cache,
-        )
+        options.plan  # noqa: B018
     except ValueError as error:
         raise InputError(f"--{error}") from None
     if options.cache is not None and options.cache.prune_layer >= len(model.decoder_blocks):
