@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from models.lazymar.flops import count_flops
 from models.lazymar.noise import ImageNoise
 from models.lazymar.policy import CachePolicy
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 
-def create_model(name: str, **overrides) -> MAR:
+def create_model(name: str, **overrides: Any) -> MAR:
     """A preset's network in eval mode, with random weights.
 
     Args:

@@ -48,7 +48,7 @@ class MatmulCounter(TorchFunctionMode):
         super().__init__()
         self.flops = 0
 
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Tensors without values need no arithmetic: a tensor of the right shape does.
         if func in (F.layer_norm, F.gelu, F.silu):
             return args[0]

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -218,6 +218,6 @@ def _conditions(transformer: Transformer, step: Step, dtype: torch.dtype, tokens
     return transformer(step, tokens.to(dtype))
 
 
-def sample_tokens(model: MAR, class_labels: Tensor, *, noise: Noise | None = None, **settings) -> Tensor:
+def sample_tokens(model: MAR, class_labels: Tensor, *, noise: Noise | None = None, **settings: Any) -> Tensor:
     """Sample one batch of latents [B, C, h, w]: `settings`, result and errors are those of `Sampler` and its call."""
     return Sampler(model, **settings)(class_labels, noise)
