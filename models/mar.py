@@ -18,7 +18,7 @@ from models.diffloss import DiffusionLoss
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose projections can be computed for different rows."""
+    """Multi-head self-attention; its queries, keys and values are computed apart from attending."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -29,13 +29,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.qkv(x).chunk(3, dim=-1)  # each [B, rows, D]
+        """Return the queries, keys and values [B, n, D] of rows [B, n, D]."""
+        return self.qkv(x).chunk(3, dim=-1)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # [B, rows, heads, head_dim]
+        """Return rows [B, n, D] by head, [B, n, heads, head_dim]."""
+        return x.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from `queries` [B, n, D] to `keys` and `values` [B, m, D]; returns [B, n, D]."""
+        """Attend from `queries` [B, n, D] to `keys` and `values` [B, m, D]; return [B, n, D]."""
         q, k, v = (self.split_heads(rows).transpose(1, 2) for rows in (queries, keys, values))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -51,7 +53,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
 
     def finish(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The block's output at the rows `x`, given their queries and any rows' keys and values."""
+        """Return the block's output for the rows `x` [B, n, D], from their queries and the rows to attend to."""
         x = x + self.attn(queries, keys, values)
         return x + self.mlp(self.norm2(x))
 
@@ -182,7 +184,7 @@ class MAR(nn.Module):
         return self.mask_token[0] + self.decoder_pos_embed_learned[0, self.buffer_size + positions]
 
     def conditions(self, decoded: Tensor, positions: Tensor) -> Tensor:
-        """What the head is conditioned on, from the last block's output [B, k, D] at `positions` [B, k]."""
+        """Return the head's conditions [B, k, D], from the last block's output [B, k, D] at `positions` [B, k]."""
         return self.decoder_norm(decoded) + self.diffusion_pos_embed_learned[0, positions]
 
     def forward(self, class_embedding: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, repeat
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -142,10 +142,9 @@ class HeadSampler:
         }
         for kind, count in self.plan.stretches:
             for *of_blocks, of_output in modulations[kind].take(count):
-                if kind is DenoisingStep.REUSE:
-                    yield from zip(repeat(kind), self._reused(of_blocks, cache, len(of_output)), of_output)
-                else:
-                    yield from zip(repeat(kind), zip(*of_blocks), of_output)
+                reused = self._reused(of_blocks, cache, len(of_output)) if kind is DenoisingStep.REUSE else None
+                for step, output in enumerate(of_output):
+                    yield kind, [layer[step] for layer in of_blocks] if reused is None else reused[step], output
 
     def _blocks(self, kind: DenoisingStep, h: Tensor, modulations: Sequence[Tensor], cache: HeadCache) -> Tensor:
         """Return the residual blocks' output for the projected tokens `h` [n, W]: [n, W], or [2n, W] of both branches.

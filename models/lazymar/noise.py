@@ -1,4 +1,4 @@
-"""Where a run's randomness comes from: the order of prediction, and the head's noise."""
+"""All that is random about a run: the order of prediction, and the head's noise."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ CFG_SCHEDULES = ("linear", "constant")
 
 
 class DenoisingStep(Enum):
-    """What the diffusion head computes at one denoising step."""
+    """The kinds of denoising steps, by what the diffusion head computes."""
 
     REFRESH = "refresh"  # both branches, every block
     WARMUP = "warm-up"  # the conditional branch, every block but the skipped ones
@@ -31,7 +31,7 @@ class DenoisingStep(Enum):
 
 @dataclass(frozen=True, eq=False)
 class HeadPlan:
-    """What the diffusion head computes at one autoregressive step; the steps that do the same share one object.
+    """The diffusion head's part of an autoregressive step's plan; steps that do the same share one object.
 
     steps:          its denoising steps, in the order of use: from index S - 1 down to 0.
     skipped_blocks: residual blocks that only a refresh computes.
@@ -50,7 +50,7 @@ class HeadPlan:
 
 @dataclass(frozen=True)
 class Step:
-    """What one autoregressive step computes.
+    """The plan of one autoregressive step.
 
     index:         counted from 0.
     start, stop:   the tokens predicted now; those before `start` are known.
@@ -79,7 +79,7 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens are predicted now."""
+        """The number of tokens predicted now."""
         return self.stop - self.start
 
     @property

@@ -1,4 +1,4 @@
-"""What may be varied about the caches: one frozen set of numbers and switches, with the paper's values as defaults."""
+"""Everything that may be varied about the caches: numbers and switches, with the paper's values as defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the steps of batches are executed: eagerly, or captured as CUDA graphs, which make one launch of thousands.
+"""Execution of a batch's steps: eager, or captured as CUDA graphs, which make one launch of thousands.
 
 Only `Sampler` uses this, and offers `warm_up` and `is_warm` for it.
 """

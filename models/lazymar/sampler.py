@@ -186,7 +186,7 @@ class Sampler:
 
 
 class _State:
-    """What batches of one size share: the transformer with its caches, and how their functions are executed."""
+    """The state that batches of one size share: the transformer with its caches, and the executors."""
 
     def __init__(self, sampler: Sampler, num_images: int) -> None:
         self.num_images = num_images

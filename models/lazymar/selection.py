@@ -1,4 +1,4 @@
-"""Which rows pass the prune layer: the rule behind the token cache's saving in the decoder."""
+"""The choice of the rows that pass the prune layer, on which the token cache's saving in the decoder rests."""
 
 from __future__ import annotations
 
