@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.runs.images import encode_png, image_grid
@@ -81,13 +82,17 @@ def side_by_side(baseline: Path, other: Path, count: int) -> np.ndarray:
     return image_grid(images, columns=min(PAIRS_PER_ROW, len(names)))
 
 
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add("baseline", Path, "output folder of the run to compare with")
+    parser.add("other", Path, "output folder of the run that is compared")
+    parser.add("--output", Path, "write the images of both runs there, side by side (PNG)", metavar="FILE")
+    return parser.parse_args(arguments)
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("baseline", type=Path, help="output folder of the run to compare with")
-    parser.add_argument("other", type=Path, help="output folder of the other run")
-    parser.add_argument("--output", type=Path, help="where to write the side-by-side picture (PNG)")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     baseline, other = read_metrics(args.baseline), read_metrics(args.other)
     for name in ("model", "seed", "num_images"):
         values = baseline["settings"][name], other["settings"][name]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -58,16 +57,14 @@ def evaluate(job: Job, options: Options) -> dict:
 
 def sampled(batches: Iterable[Batch], sampler: Sampler, run: Run) -> Iterator[Batch]:
     """Add latents to each batch, unless its pixels are there and only its record was lost."""
-    made = Counter()  # batches, by their size
     for batch in batches:
         if batch.pixels is None:
             size, start = len(batch.indices), time.perf_counter()
-            batch.first = made[size] < (1 if sampler.record is None else 2)  # the second one is captured if it can be
+            batch.first = not sampler.is_warm(size)
             noise = ImageNoise(sampler.model, run.options.seed, batch.indices, sampler.num_sampling_steps, run.device)
             batch.latents = sampler(torch.tensor(batch.labels), noise, run.follow(batch))
             check_finite(batch.latents, "latents", batch.indices)  # waits for the device
             batch.sample_seconds = time.perf_counter() - start
-            made[size] += 1
         yield batch
 
 
@@ -106,7 +103,7 @@ def check_finite(values: Tensor, what: str, indices: range) -> None:
 
 
 def main(job: Job) -> None:
-    evaluate(job, parse_options(__doc__.partition("\n")[0]))
+    evaluate(job, parse_options(__doc__))
 
 
 if __name__ == "__main__":

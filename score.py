@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import torch_fidelity
 from PIL import Image
 from tqdm import tqdm
 
+from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.scoring.scores import FEATURES_DIMS, INCEPTION_FILE, Extractor, Statistics, load_extractor, score
@@ -123,47 +125,45 @@ def check_writable(path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line. Raises InputError for what cannot be asked for."""
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("folder", type=Path, metavar="FOLDER", help="holds PNG or JPEG images of one size")
-    common.add_argument(
-        "--features",
-        choices=sorted(FEATURES_DIMS),
-        default="inception",
-        help="network that the features come from: Inception, the standard (default), or the Fashion-MNIST "
-        "classifier for images of mar_tiny, whose numbers compare with no others",
-    )
-    common.add_argument(
-        "--inception_weights",
-        type=Path,
-        metavar="FILE",
-        help=f"{INCEPTION_FILE} of torch-fidelity's release (default: PyTorch's hub folder, downloaded if need be)",
-    )
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    common.add_argument("--device", default=default_device, help="cpu, cuda or cuda:N (default here: %(default)s)")
-    common.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
 
-    statistics = commands.add_parser(
-        "statistics", parents=[common], help="make a reference file of mean and covariance from a folder of images"
-    )
-    statistics.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .npz file to write")
-    statistics.set_defaults(run=make_statistics)
+    def command(name: str, run: Callable[[argparse.Namespace], None], description: str) -> Parser:
+        sub = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
+        sub.add("folder", Path, "folder that holds PNG or JPEG images of one size")
+        sub.add(
+            "--features",
+            str,
+            "network whose features are used: Inception, the standard, or the Fashion-MNIST classifier for images of "
+            "mar_tiny, whose scores compare with no others",
+            default="inception",
+            choices=sorted(FEATURES_DIMS),
+        )
+        sub.add(
+            "--inception_weights",
+            Path,
+            f"{INCEPTION_FILE} of torch-fidelity's release",
+            metavar="FILE",
+            default_text="PyTorch's hub folder, downloaded if missing",
+        )
+        default_device = "cuda" if torch.cuda.is_available() else "cpu"
+        sub.add("--device", str, "where to compute: cpu, cuda or cuda:N", default=default_device, metavar="DEVICE")
+        sub.add("--batch_size", int, "images at a time", default=64, minimum=1)
+        sub.set_defaults(run=run)
+        return sub
 
-    evaluation = commands.add_parser(
-        "evaluate", parents=[common], help="FID and Inception Score of a folder of images against a reference file"
-    )
-    evaluation.add_argument("--statistics", type=Path, required=True, metavar="FILE", help=".npz file of mu and sigma")
-    evaluation.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
-    evaluation.set_defaults(run=evaluate)
+    sub = command("statistics", make_statistics, "make a reference file of mean and covariance from a folder of images")
+    sub.add("--output", Path, "the .npz file to write", required=True, metavar="FILE")
+    sub = command("evaluate", evaluate, "compute FID and Inception Score of a folder of images")
+    sub.add("--statistics", Path, "mean and covariance of the real images (.npz)", required=True, metavar="FILE")
+    sub.add("--json", Path, "write the scores there, too", metavar="FILE")
     return parser.parse_args(argv)
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size {args.batch_size}: give 1 or more.")
     if args.inception_weights and args.features != "inception":
         raise InputError(f"--inception_weights has no use with --features {args.features}: leave one of them out.")
     try:

@@ -11,6 +11,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -22,8 +23,10 @@ from diffusion.loss import HybridLoss
 from diffusion.schedule import NUM_TRAIN_STEPS
 from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import Preset
+from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.machine import ROOT, choose_device, mixed_precision
+from util.runs.options import Options
 from util.scoring.classifier import CLASSIFIER_PATH
 from util.scoring.scores import Statistics, load_extractor
 from util.training.classifier import train_classifier
@@ -244,48 +247,41 @@ def train_scorer(args: argparse.Namespace, preset: Preset, device: torch.device)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder per class")
-    common.add_argument(
-        "--fashion_mnist",
-        type=Path,
-        default=FASHION_MNIST_FOLDER,
-        metavar="FOLDER",
-        help="holds Fashion-MNIST's four .gz files (default: %(default)s, where Debian's package puts them)",
-    )
-    common.add_argument("--output_dir", type=Path, help="checkpoints and weights (default: output/train_STAGE)")
-    common.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    common.add_argument("--seed", type=int, default=0)
 
-    def stage(name: str, run, steps: int, batch_size: int, lr: float) -> argparse.ArgumentParser:
-        sub = stages.add_parser(name, parents=[common], help=(run.__doc__ or "").splitlines()[0])
-        sub.add_argument("--model", default="mar_tiny", choices=sorted(PRESETS), help="whose architecture to train")
-        sub.add_argument("--steps", type=int, default=steps)
-        sub.add_argument("--batch_size", type=int, default=batch_size)
-        sub.add_argument("--lr", type=float, default=lr)
+    def stage(name: str, run: Callable, what: str, steps: int, batch_size: int, lr: float) -> Parser:
+        sub = stages.add_parser(name, help=what, description=f"{what[0].upper() + what[1:]}.")
+        sub.add("--model", str, "model whose architecture is trained", default="mar_tiny", choices=sorted(PRESETS))
+        sub.add("--data", str, "fashion-mnist, or a folder of images with a subfolder for each class",
+                default="fashion-mnist", metavar="FOLDER")  # fmt: skip
+        sub.add("--fashion_mnist", Path, "folder of Fashion-MNIST's four .gz files, by default where Debian's package "
+                "puts them", default=FASHION_MNIST_FOLDER, metavar="FOLDER")  # fmt: skip
+        sub.add("--output_dir", Path, "folder of checkpoints and weights", default=Path("output") / f"train_{name}",
+                metavar="FOLDER")  # fmt: skip
+        sub.add("--steps", int, "optimizer steps", default=steps, minimum=1)
+        sub.add("--batch_size", int, "images in each step", default=batch_size, minimum=1)
+        sub.add("--lr", float, "learning rate", default=lr, above=0)
+        sub.add("--seed", int, "seed of weights and batches", default=0, minimum=0, maximum=2**32 - 1)
+        sub.add_fields(Options, "device")
         sub.set_defaults(run=run)
         return sub
 
-    vae = stage("vae", train_vae, steps=2500, batch_size=32, lr=1e-3)
-    vae.add_argument("--pixel_std", type=float, default=0.08, help="larger: smoother latents, blurrier images")
-    mar = stage("mar", train_mar, steps=5500, batch_size=32, lr=1e-3)
-    mar.add_argument("--vae_path", help="trained VAE (default: the preset's)")
-    mar.add_argument("--finish_steps", type=int, default=700, help="further steps, with any number of masked tokens")
-    mar.add_argument("--head_tokens", type=int, default=128, help="tokens per image and step that train the head")
-    stage("classifier", train_scorer, steps=2400, batch_size=250, lr=4e-3)
-    args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or Path("output") / f"train_{args.stage}"
-    return args
+    vae = stage("vae", train_vae, "train the VAE", steps=2500, batch_size=32, lr=1e-3)
+    vae.add("--pixel_std", float, "standard deviation of a pixel; larger: smoother latents, blurrier images",
+            default=0.08, above=0)  # fmt: skip
+    mar = stage("mar", train_mar, "train MAR on the latents of a trained VAE", steps=5500, batch_size=32, lr=1e-3)
+    mar.add("--vae_path", str, "the trained VAE's weights", metavar="FILE", default_text="the model's")
+    mar.add("--finish_steps", int, "further steps, in which any number of tokens is masked", default=700, minimum=1)
+    mar.add("--head_tokens", int, "tokens of an image that train the diffusion head in a step", default=128, minimum=1)
+    what = "train the Fashion-MNIST classifier behind FID and Inception Score of mar_tiny"
+    stage("classifier", train_scorer, what, steps=2400, batch_size=250, lr=4e-3)
+    return parser.parse_args(argv)
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for flag in ("steps", "batch_size", "lr", "finish_steps", "head_tokens", "pixel_std"):
-        if not getattr(args, flag, 1) > 0:
-            raise InputError(f"--{flag} must be above 0, not {getattr(args, flag)}")
     args.run(args, PRESETS[args.model], choose_device(args.device))
 
 

@@ -18,12 +18,13 @@ def denoise(
     noise: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """One ancestral step with the learned variance, from noisy tokens [n, C] and what the head predicts for them.
+    """Take one ancestral step with the learned variance; return the less noisy tokens [n, C].
 
     Args:
-        eps, v:       [n, C] the conditional half's prediction.
+        x:            [n, C] the noisy tokens.
+        eps, v:       [n, C] predicted noise and variance of the conditional branch.
         difference:   [n, C] conditional - unconditional eps; None without guidance.
-        guidance:     [] the guidance scale - 1.
+        guidance:     [] the CFG scale - 1.
         coefficients: [] each, of x and eps, then base and slope of the noise's log standard deviation.
         noise:        [n, C]; None at the last step.
     """

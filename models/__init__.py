@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from models.lazymar.flops import count_flops
-from models.lazymar.plan import CachePolicy
-from models.lazymar.sampler import ImageNoise, Sampler, sample_tokens
+from models.lazymar.noise import ImageNoise
+from models.lazymar.policy import CachePolicy
+from models.lazymar.sampler import Sampler, sample_tokens
 from models.linear import pack_linear_layers
 from models.mar import MAR, cast_model
 from models.presets import PRESETS, Preset
@@ -26,7 +29,7 @@ __all__ = [
 ]
 
 
-def create_model(name: str, **overrides) -> MAR:
+def create_model(name: str, **overrides: Any) -> MAR:
     """A preset's network in eval mode, with random weights.
 
     Args:

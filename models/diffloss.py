@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,8 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embeddings [N, width] of `timesteps` [N], on the weights' device."""
-        return self.mlp(timestep_sinusoids(timesteps).to(self.mlp[0].weight))
+        weight = next(self.mlp.parameters())
+        return self.mlp(timestep_sinusoids(timesteps).to(weight))
 
 
 class ResidualBlock(nn.Module):
@@ -51,6 +54,11 @@ class ResidualBlock(nn.Module):
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
+
+    @property
+    def modulation(self) -> Linear:
+        """The layer that computes shift, scale and gate."""
+        return cast(Linear, self.adaLN_modulation[1])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -65,6 +73,11 @@ class FinalLayer(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+
+    @property
+    def modulation(self) -> Linear:
+        """The layer that computes shift and scale."""
+        return cast(Linear, self.adaLN_modulation[1])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -85,7 +98,9 @@ class DiffusionHead(nn.Module):
         self.time_embed = TimestepEmbedding(width)
         self.cond_embed = nn.Linear(condition_dim, width)
         self.input_proj = nn.Linear(token_dim, width)
-        self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.res_blocks: Sequence[ResidualBlock] = nn.ModuleList(  # type: ignore[assignment]
+            ResidualBlock(width) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(width, 2 * token_dim)
         self.initialize_weights()
 
@@ -100,10 +115,10 @@ class DiffusionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in [*(block.adaLN_modulation[1] for block in self.res_blocks), self.final_layer.adaLN_modulation[1]]:
+        for layer in [*(block.modulation for block in self.res_blocks), self.final_layer.modulation]:
             nn.init.zeros_(layer.weight)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for number in (0, 2):
+            nn.init.normal_(cast(nn.Linear, self.time_embed.mlp[number]).weight, std=0.02)
         self._pass_noise_through()
 
     @torch.no_grad()
@@ -111,11 +126,11 @@ class DiffusionHead(nn.Module):
         weight, bias, readout = self.input_proj.weight, self.input_proj.bias, self.final_layer.linear
         token_dim = weight.shape[1]
         nn.init.normal_(weight, std=token_dim**-0.5)
-        weight -= weight.mean(dim=0)
+        weight.sub_(weight.mean(dim=0))
         visible = torch.linalg.qr(torch.cat([weight, torch.ones_like(bias)[:, None]], dim=1)).Q
         nn.init.normal_(bias)
-        bias -= visible @ (visible.T @ bias)
-        bias *= BIAS_OVER_SIGNAL / bias.square().mean().sqrt()
+        bias.sub_(visible @ (visible.T @ bias))
+        bias.mul_(BIAS_OVER_SIGNAL / bias.square().mean().sqrt())
         norm = (BIAS_OVER_SIGNAL**2 + 1) ** 0.5
         for block in self.res_blocks:
             block.in_ln.weight.fill_(norm)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 ROWS_EXPECTED = 64  # a hint to the library; the layout hardly depends on it
 
 
 class Linear(nn.Linear):
-    """A linear layer of which `part` computes some outputs alone."""
+    """A linear layer that can compute some of its outputs alone."""
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """Return the given outputs [..., n] for `x` [..., in_features]."""
         return F.linear(x, self.weight[outputs], self.bias[outputs])
 
 
 class PackedLinear(Linear):
-    """A linear layer for inference on a CPU: its weight is rearranged once, not at every product.
+    """A linear layer for inference on a CPU, whose weight is rearranged once rather than at every matmul.
 
-    Products with few rows, as in the diffusion head, take half the time in bfloat16. The weight stays as it was, too.
+    Matmuls with few rows, as in the diffusion head, take half the time in bfloat16. The weight is also kept as it was.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -40,8 +45,8 @@ class PackedLinear(Linear):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def pack_linear_layers(model: nn.Module) -> nn.Module:
-    """Replace the linear layers of a model in place, where its device, number format and PyTorch allow it.
+def pack_linear_layers(model: Network) -> Network:
+    """Replace the linear layers of a model in place, where its device, dtype and PyTorch allow it.
 
     The model is for inference from then on. Results change by no more than rounding.
     """
@@ -57,7 +62,7 @@ def pack_linear_layers(model: nn.Module) -> nn.Module:
 
 
 def can_be_packed(linear: nn.Linear) -> bool:
-    """Whether PyTorch's oneDNN has packed products for this layer; these are not part of its documented interface."""
+    """Return whether PyTorch's oneDNN has a packed matmul for this layer, which is no documented interface of it."""
     weight = linear.weight
     if weight.device.type != "cpu" or linear.bias is None or not torch.backends.mkldnn.is_available():
         return False

@@ -7,40 +7,37 @@ what a sampler needs of a block (its queries, keys and values apart from its out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.diffloss import DiffusionLoss
-from models.linear import Linear
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose projections can be computed for different rows."""
+    """Multi-head self-attention; its queries, keys and values are computed apart from attending."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"the embedding width {dim} is not a multiple of the {num_heads} attention heads")
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.qkv(x).chunk(3, dim=-1)  # each [B, rows, D]
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.qkv.part(x, slice(x.shape[-1]))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.qkv.part(x, slice(x.shape[-1], None)).chunk(2, dim=-1)
+        """Return the queries, keys and values [B, n, D] of rows [B, n, D]."""
+        return self.qkv(x).chunk(3, dim=-1)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # [B, rows, heads, head_dim]
+        """Return rows [B, n, D] by head, [B, n, heads, head_dim]."""
+        return x.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from `queries` [B, n, D] to `keys` and `values` [B, m, D]; returns [B, n, D]."""
+        """Attend from `queries` [B, n, D] to `keys` and `values` [B, m, D]; return [B, n, D]."""
         q, k, v = (self.split_heads(rows).transpose(1, 2) for rows in (queries, keys, values))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -56,7 +53,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
 
     def finish(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The block's output at the rows `x`, given their queries and any rows' keys and values."""
+        """Return the block's output for the rows `x` [B, n, D], from their queries and the rows to attend to."""
         x = x + self.attn(queries, keys, values)
         return x + self.mlp(self.norm2(x))
 
@@ -117,7 +114,7 @@ class MAR(nn.Module):
         self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
         rows = buffer_size + self.seq_len
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, encoder_embed_dim))
-        self.encoder_blocks = nn.ModuleList(
+        self.encoder_blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(encoder_embed_dim, encoder_num_heads, mlp_ratio) for _ in range(encoder_depth)
         )
         self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
@@ -125,7 +122,7 @@ class MAR(nn.Module):
         self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, decoder_embed_dim))
-        self.decoder_blocks = nn.ModuleList(
+        self.decoder_blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
@@ -187,7 +184,7 @@ class MAR(nn.Module):
         return self.mask_token[0] + self.decoder_pos_embed_learned[0, self.buffer_size + positions]
 
     def conditions(self, decoded: Tensor, positions: Tensor) -> Tensor:
-        """What the head is conditioned on, from the last block's output [B, k, D] at `positions` [B, k]."""
+        """Return the head's conditions [B, k, D], from the last block's output [B, k, D] at `positions` [B, k]."""
         return self.decoder_norm(decoded) + self.diffusion_pos_embed_learned[0, positions]
 
     def forward(self, class_embedding: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:

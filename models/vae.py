@@ -148,7 +148,7 @@ class Decoder(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, then half of it; the lowest level attends after each block instead."""
+    """Residual blocks at one resolution, followed by halving it; the lowest level attends after each block instead."""
 
     def __init__(self, in_channels: int, channels: int, num_blocks: int, lowest: bool):
         super().__init__()

@@ -20,6 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import Ranks, make_weights
 
+from util.cli import Parser
+from util.errors import exits_cleanly
+
 
 def contents(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob(pattern)}
@@ -30,13 +33,18 @@ def scores(folder: Path) -> dict:
     return {name: value for name, value in metrics.items() if name.startswith(("fid", "isc"))}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--processes", type=int, default=2, help="at most; each start draws a number")
-    parser.add_argument("--num_images", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add("--kills", int, "how often to kill the run", default=30, minimum=1)
+    parser.add("--processes", int, "the most processes of a start, each of which draws a number", default=2, minimum=1)
+    parser.add("--num_images", int, "images of the run", default=200, minimum=1)
+    parser.add("--seed", int, "seed of the moments and the kinds of kill", default=0)
+    return parser.parse_args(arguments)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_args(arguments)
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -29,9 +29,6 @@ def test_a_run_prints_both_methods_and_writes_what_it_measured(tmp_path, capsys)
         assert row["peak_bytes"] > 1e8
     assert sum(results[3]["flops"].values()) < sum(results[2]["flops"].values())
     assert Image.open(plot).width > 300
-    plot.unlink()
-    assert benchmark.main(["--join", str(output), str(output), "--plot", str(plot)]) == 0
-    assert Image.open(plot).width > 300
 
 
 def test_it_needs_no_package_for_scores(monkeypatch):
@@ -55,8 +52,6 @@ def test_decoding_costs_what_the_method_says():
         (["--num_iter", "300", "--models", "mar_tiny"], "--num_iter"),
         (["--num_sampling_steps", "1001"], "--num_sampling_steps"),
         (["--plot", "speed.txt"], "--plot"),
-        (["--join", "nowhere.json", "--plot", "speed.png"], "nowhere.json"),
-        (["--join", "nowhere.json"], "--plot"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(arguments, named, capsys, monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models import CachePolicy, ImageNoise, Sampler, cast_model, create_model, sample_tokens
 from models.diffloss import timestep_sinusoids
-from models.lazymar.runtime import CudaRecorder
+from models.lazymar.runtime import CudaCapture
 from util.job.progress import StepProgress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,7 +41,7 @@ def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtyp
         labels, noise = LABELS.roll(seed)[:size], noise_for(model, seed, size)
         expected = sample_tokens(model, labels, **SETTINGS, cache=policy, noise=noise)
         result = sampler(labels, noise)
-        assert sampler.record.func is CudaRecorder  # it did not give up
+        assert sampler.capture.func is CudaCapture  # it did not give up
         assert relative_error(result.double(), expected.double()) < tolerance
 
 

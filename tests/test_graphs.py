@@ -1,7 +1,7 @@
-"""Recorded steps, replayed on other batches, compute what the sampler computes as it stands.
+"""Captured steps, replayed on other batches, compute what the sampler computes eagerly.
 
-A stand-in records on the CPU what CUDA graphs record on a GPU: the operations and the memory that they read and write.
-What a recording leaves out, such as a value that was on the host, is then wrong in the same way.
+A stand-in captures on the CPU what CUDA graphs capture on a GPU: the operations, and the memory that they read and
+write. What a capture leaves out, such as a value that was on the host, is then wrong in the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
-from models.lazymar.sampler import Transformer
+from models.lazymar.transformer import Transformer
 
 POLICIES = {
     "baseline": None,
@@ -30,25 +30,37 @@ POLICIES = {
 
 
 class Operations(TorchDispatchMode):
-    """Runs and lists operations; `replay` runs them again on the same memory."""
+    """Runs and lists operations; `replay` runs them again on the same memory.
+
+    CUDA lists operations without running them: `undo` restores the memory that existed before and was written to.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple] = []
+        self.overwritten: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.overwritten.append((value, value.clone()))
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
         return result
 
+    def undo(self) -> None:
+        for tensor, before in reversed(self.overwritten):
+            tensor.copy_(before)
+        self.overwritten.clear()
+
     def replay(self) -> None:
-        for func, args, kwargs, recorded in self.calls:
-            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs))):
+        for func, args, kwargs, captured in self.calls:
+            for old, new in zip(tree_leaves(captured), tree_leaves(func(*args, **kwargs))):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # else it has written in place
                     old.copy_(new)
 
 
-class OperationRecorder:
+class OperationCapture:
     made = 0
 
     def __init__(self) -> None:
@@ -57,13 +69,14 @@ class OperationRecorder:
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with Operations() as operations:
             result = function()
+        operations.undo()
         return operations.replay, result
 
 
-def recording_sampler(recorder: type[OperationRecorder], **settings) -> Sampler:
+def capturing_sampler(capture: type[OperationCapture], **settings) -> Sampler:
     sampler = Sampler(MODEL, **settings)
-    assert sampler.record is None  # on a CPU
-    sampler.record = recorder
+    assert sampler.capture is None  # on a CPU
+    sampler.capture = capture
     return sampler
 
 
@@ -74,42 +87,65 @@ def batch(seed: int, size: int) -> tuple[Tensor, ImageNoise]:
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-def test_replayed_batches_are_those_of_the_plain_sampler(cfg: float, policy: CachePolicy | None) -> None:
+def test_replayed_batches_are_those_of_the_eager_sampler(cfg: float, policy: CachePolicy | None) -> None:
     settings = {**SETTINGS, "cfg": cfg, "cache": policy}
-    sampler = recording_sampler(OperationRecorder, **settings)
-    sizes = [2, 2, 2, 1, 2, 2, 2]  # as it stands, recorded, replayed; then all anew
+    sampler = capturing_sampler(OperationCapture, **settings)
+    sizes = [2, 2, 2, 1, 2, 2, 2]  # eager, captured, replayed; then all anew
     for seed, size in enumerate(sizes):
         labels, noise = batch(seed, size)
         expected = sample_tokens(MODEL, labels, **settings, noise=noise)
         torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
-    assert sampler.record is OperationRecorder, "it has given up, and shows nothing"
+    assert sampler.capture is OperationCapture, "it has given up, and shows nothing"
 
 
-def test_only_the_second_batch_of_a_size_is_recorded() -> None:
-    sampler = recording_sampler(OperationRecorder, **SETTINGS)
+def test_only_the_second_batch_of_a_size_is_captured() -> None:
+    sampler = capturing_sampler(OperationCapture, **SETTINGS)
     counts = []
     for seed in range(4):
-        OperationRecorder.made = 0
+        OperationCapture.made = 0
         sampler(*batch(seed, 2))
-        counts.append(OperationRecorder.made)
+        counts.append(OperationCapture.made)
     assert counts[2:] == [0, 0] and counts[0] + counts[1] > 1
 
 
-def test_where_recording_fails_the_images_are_made_all_the_same() -> None:
-    class Broken(OperationRecorder):
+def test_a_warm_sampler_has_captured_everything() -> None:
+    sampler = capturing_sampler(OperationCapture, **SETTINGS, cache=CachePolicy())
+    assert not sampler.is_warm(2)
+    sampler.warm_up(2)
+    assert sampler.is_warm(2) and not sampler.is_warm(1)
+    OperationCapture.made = 0
+    graphs = len(sampler.state._execute_step._captured), len(sampler.state._execute_head._captured)
+    sampler(*batch(0, 2))
+    assert graphs[0] == SETTINGS["num_iter"] and OperationCapture.made == 0
+    assert graphs == (len(sampler.state._execute_step._captured), len(sampler.state._execute_head._captured))
+
+
+def test_on_a_cpu_one_step_warms_up() -> None:
+    sampler, steps = Sampler(MODEL, **SETTINGS), []
+    assert not sampler.is_warm(2)
+    sampler.warm_up(2)
+    assert sampler.is_warm(2) and not sampler.is_warm(1)
+    labels, noise = batch(0, 2)
+    latents = sampler(labels, noise, steps.append)
+    assert len(steps) == SETTINGS["num_iter"]
+    torch.testing.assert_close(latents, sample_tokens(MODEL, labels, **SETTINGS, noise=noise), rtol=0, atol=0)
+
+
+def test_where_capturing_fails_the_images_are_made_all_the_same() -> None:
+    class Broken(OperationCapture):
         def __call__(self, function):
             if len(function().shape) == 3:  # conditions: their first step has been run by then
                 return super().__call__(function)
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    sampler = recording_sampler(Broken, **SETTINGS, cache=CachePolicy())
+    sampler = capturing_sampler(Broken, **SETTINGS, cache=CachePolicy())
     sampler(*batch(0, 2))
     labels, noise = batch(1, 2)
     with pytest.warns(UserWarning, match="stream is capturing"):
         latents = sampler(labels, noise)
     expected = sample_tokens(MODEL, labels, **SETTINGS, cache=CachePolicy(), noise=noise)
     torch.testing.assert_close(latents, expected, rtol=0, atol=0)
-    assert sampler.record is None
+    assert sampler.capture is None
 
 
 @pytest.fixture
@@ -119,13 +155,13 @@ def no_garbage_collector() -> Iterator[None]:
     gc.enable()
 
 
-def test_what_recorded_steps_hold_is_free_before_another_batch_size_takes_its_memory(
+def test_what_captured_steps_hold_is_free_before_another_batch_size_takes_its_memory(
     no_garbage_collector, monkeypatch
 ) -> None:
-    sampler = recording_sampler(OperationRecorder, **SETTINGS, cache=CachePolicy())
+    sampler = capturing_sampler(OperationCapture, **SETTINGS, cache=CachePolicy())
     for seed in range(2):
         sampler(*batch(seed, 2))
-    before, alive = weakref.ref(sampler.batches.transformer), []
+    before, alive = weakref.ref(sampler.state.transformer), []
     make = Transformer.__init__
     monkeypatch.setattr(
         Transformer, "__init__", lambda self, *args: (alive.append(before() is not None), make(self, *args))[1]
@@ -134,8 +170,8 @@ def test_what_recorded_steps_hold_is_free_before_another_batch_size_takes_its_me
     assert alive == [False]
 
 
-def test_what_was_recorded_is_free_when_recording_fails(no_garbage_collector) -> None:
-    class OutOfMemory(OperationRecorder):
+def test_what_was_captured_is_free_when_capturing_fails(no_garbage_collector) -> None:
+    class OutOfMemory(OperationCapture):
         calls = 0
 
         def __call__(self, function):
@@ -144,9 +180,9 @@ def test_what_was_recorded_is_free_when_recording_fails(no_garbage_collector) ->
                 raise RuntimeError("CUDA out of memory")
             return super().__call__(function)
 
-    sampler = recording_sampler(OutOfMemory, **SETTINGS, cache=CachePolicy())
+    sampler = capturing_sampler(OutOfMemory, **SETTINGS, cache=CachePolicy())
     sampler(*batch(0, 2))
-    before = weakref.ref(sampler.batches.transformer)
+    before = weakref.ref(sampler.state.transformer)
     with pytest.warns(UserWarning, match="out of memory"):
         sampler(*batch(1, 2))
     assert before() is None

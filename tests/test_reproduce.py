@@ -27,15 +27,17 @@ import reproduce as program
 from models import PRESETS, CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.plan import make_plan
-from models.lazymar.sampler import Transformer
+from models.lazymar.selection import RowSelection
 from util.errors import InputError
 from util.job.processes import launch
 from util.report import figures
-from util.reproduction.ablations import ABLATIONS, run_name
-from util.reproduction.jackknife import difference, groups_of_images, jackknife
-from util.reproduction.paper import TABLE
+from util.report.table import other_settings
+from util.reproduction.ablations import ABLATIONS
+from util.reproduction.jackknife import Spread, difference, groups_of_images, jackknife
+from util.reproduction.paper import METHODS, TABLE
 from util.reproduction.redundancy import ROW_GROUPS, measure_redundancy, trace
-from util.reproduction.results import Results
+from util.reproduction.results import Comparison, Conditions, Inputs, Record, Redundancy, Results, Row
+from util.reproduction.study import inputs_of
 from util.runs.options import check, parse_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,14 +90,21 @@ def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def results(folder: Path) -> dict[str, dict]:
+def kind_of(name: str) -> type:
+    return Comparison if name.startswith("ablation") else Redundancy if name.endswith("redundancy") else Row
+
+
+def results(folder: Path) -> dict[str, Record]:
     files = Results(folder / "results")
-    return {name: files.read(name) for name in files.names()}
+    return {path.stem: files.read(kind_of(path.stem), path.stem) for path in files.folder.glob("*.json")}
 
 
 def change(folder: Path, name: str, **fields: object) -> None:
-    files = Results(folder / "results")
-    files.write(name, {**files.read(name), **fields})
+    """Write a record anew, with other fields of its own or of its result."""
+    record = results(folder)[name]
+    of_record = {field: fields.pop(field) for field in ("inputs", "conditions") if field in fields}
+    changed = dataclasses.replace(record, result=dataclasses.replace(record.result, **fields), **of_record)
+    Results(folder / "results").write(name, changed)
 
 
 # Bad input
@@ -128,14 +137,15 @@ def test_more_ablation_images_than_there_will_be_are_refused_before_long_work(tm
 
 def selected_rows(monkeypatch, model, num_images: int, policy: CachePolicy) -> list[tuple]:
     """(step, rows [B, kept]) of each choice of rows in a run."""
-    choices, choose = [], Transformer._select_rows
+    choices, choose = [], RowSelection.__call__
 
-    def record(self, step, block, values):
-        rows = choose(self, step, block, values)
-        choices.append((step, rows.view(len(values), -1) % self.num_rows))
+    def noting(self, step, attention, values):
+        rows = choose(self, step, attention, values)
+        if rows is not None:
+            choices.append((step, rows))
         return rows
 
-    monkeypatch.setattr(Transformer, "_select_rows", record)
+    monkeypatch.setattr(RowSelection, "__call__", noting)
     noise = ImageNoise(model, 3, range(num_images), 2)
     settings = {"num_iter": 10, "cfg": 2.0, "num_sampling_steps": 2, "cache": policy}
     sample_tokens(model, torch.arange(num_images) % model.class_num, noise=noise, **settings)
@@ -158,7 +168,7 @@ def test_random_selection_keeps_what_must_stay_and_depends_on_the_image_alone(mo
     assert counts.min() > 0 or counts.std() < counts.mean(), "some rows are preferred"
 
 
-def test_random_selection_without_the_condition_cache_takes_the_same_rows_in_both_halves(monkeypatch):
+def test_random_selection_without_the_condition_cache_takes_the_same_rows_in_both_branches(monkeypatch):
     policy = dataclasses.replace(RANDOM, condition_cache=False)
     for _, rows in selected_rows(monkeypatch, create_model("mar_tiny", img_size=16), 2, policy):
         assert rows[:2].tolist() == rows[2:].tolist()
@@ -175,10 +185,10 @@ def test_selection_is_a_flag_of_eval():
 # What is counted and measured
 
 
-def test_operations_per_step_sum_to_the_total_and_follow_the_plan():
+def test_flops_per_step_sum_to_the_total_and_follow_the_plan():
     with torch.device("meta"):
         model = create_model("mar_tiny")
-    plan = make_plan(model.seq_len, model.buffer_size, 16, 4.0, "linear", None)
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter=16, cfg=4.0, policy=None)
     for policy in (None, CachePolicy(), CachePolicy(selection="random")):
         steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
         total = count_flops(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
@@ -191,7 +201,7 @@ def test_operations_per_step_sum_to_the_total_and_follow_the_plan():
     assert transformer[14] > 2 * transformer[13], "step 14 is the refresh after step 5"
 
 
-def test_the_papers_speed_ups_are_ratios_of_its_operations():
+def test_the_papers_speed_ups_are_ratios_of_its_flops():
     for (model, _), row in TABLE.items():
         assert row.speed_up == pytest.approx(TABLE[model, "baseline"].tflops / row.tflops, abs=0.006)
 
@@ -203,8 +213,10 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert mean.value == values.mean() and mean.error == pytest.approx(values.std(ddof=1) / math.sqrt(200))
     assert square.error == pytest.approx(2 * mean.error)
     assert math.isnan(jackknife(lambda chosen: [1.0], np.zeros(5))[0].error)
-    assert np.bincount(groups_of_images(300, 10)).tolist() == [30] * 10
-    assert all(len(set(np.arange(300)[groups_of_images(300, 10) == group] % 10)) == 10 for group in range(10))
+    labels = np.arange(300) % 10
+    groups = groups_of_images(labels.tolist())
+    assert groups.tolist() == (np.arange(300) // 10 % 10).tolist()
+    assert all(np.bincount(labels[groups == group]).tolist() == [3] * 10 for group in range(10))
 
 
 def test_the_error_of_a_paired_difference_leaves_out_what_both_have_in_common():
@@ -219,7 +231,7 @@ def test_traced_features_are_the_networks():
     noise = ImageNoise(model, 0, range(2), 2)
     labels, order = torch.tensor([3, 7]), noise.orders.flip(1)
     tokens = torch.randn(2, model.seq_len, model.token_dim)
-    plan = make_plan(model.seq_len, model.buffer_size, 6, 3.0, "linear", None)
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter=6, cfg=3.0, policy=None)
     with torch.inference_mode():
         for features in trace(model, labels, plan, tokens, order, layer=3):
             known, masked = order[:, : features.step.start], order[:, features.step.start :]
@@ -233,11 +245,11 @@ def test_redundancy_tells_changed_rows_from_others():
     torch.manual_seed(0)
     model = create_model("mar_tiny", img_size=16)
     found = measure_redundancy(model, num_images=2, seed=0, cfg=3.0, num_iter=12, num_sampling_steps=2)
-    just_predicted, _, others = (np.mean(found["values"][group]["mean"]) for group in ROW_GROUPS)
+    just_predicted, _, others = (np.mean(found.values[group].mean) for group in ROW_GROUPS)
     assert just_predicted < 0.9 < others <= 1
-    for change in (found["difference"]["change"], *found["error"].values()):
-        assert len(change["mean"]) == len(found["distances"]) == 9
-        assert change["mean"][0] < change["mean"][-1] and change["low"] < change["mean"] < change["high"]
+    for change in (found.change, found.error_difference, found.error_output):
+        assert len(change.mean) == len(found.distances) == 9
+        assert change.mean[0] < change.mean[-1] and change.low < change.mean < change.high
 
 
 # Running and continuing
@@ -251,31 +263,36 @@ def test_each_ablation_varies_its_base_which_a_note_explains_if_it_is_not_the_pa
 
 def test_every_row_and_ablation_is_measured_once(whole):
     found = results(whole)
-    rows = [f"{model}-{method}" for model in PRESETS for method in program.METHODS]
+    rows = [f"{model}-{method}" for model in PRESETS for method in ("baseline", "lazymar")]
     ablations = ["ablation-baseline", "ablation-selection-similarity", "ablation-selection-chance"]
     assert set(found) == {*rows, *ablations, "mar_tiny-redundancy"}
     made = sorted(path.name for path in (whole / "mar_tiny" / "ablations").iterdir())
     assert made == ["prune_layer-0", "selection-chance"]  # the former is what the ablation varies: selection-similarity
-    lazy = found["mar_tiny-lazymar"]
-    assert lazy["run"]["num_images"] == 20 and not lazy["unfinished"] and lazy["parameters"] > 4e6
-    assert sum(map(sum, lazy["flops_per_step"])) == lazy["run"]["flops_per_image"]
-    assert found["mar_huge-lazymar"]["run"] is None and len(found["mar_huge-lazymar"]["flops_per_step"]) == 8
+    lazy, huge = found["mar_tiny-lazymar"].result, found["mar_huge-lazymar"].result
+    assert lazy.evaluation.num_images == 20 and not lazy.unfinished and lazy.parameters > 4e6
+    assert lazy.flops.total == lazy.evaluation.flops_per_image
+    assert huge.evaluation is None and not huge.unfinished and len(huge.flops_per_step) == 8
     # What is a row of the table is not evaluated again as an ablation.
-    assert found["ablation-baseline"]["fid"][0] == found["mar_tiny-baseline"]["run"]["fid_fashion_classifier"]
-    assert found["ablation-selection-similarity"]["fid"] != found["ablation-selection-chance"]["fid"]
+    assert found["ablation-baseline"].result.fid.value == found["mar_tiny-baseline"].result.evaluation.fid
+    assert found["ablation-selection-similarity"].result.fid != found["ablation-selection-chance"].result.fid
+    metrics = json.loads((whole / "mar_tiny" / "lazymar" / "metrics.json").read_text())
+    for name, key in {"fid": "fid_fashion_classifier", "inception_score": "isc_fashion_classifier_mean"}.items():
+        assert getattr(lazy.evaluation, name) == metrics[key]
+    for name in ("seconds_per_image", "sampling_seconds", "flops_per_image", "notes"):
+        assert getattr(lazy.evaluation, name) == metrics[name]
 
 
 def test_distances_are_those_of_the_images(whole):
     found = results(whole)
-    assert found["ablation-baseline"]["pixel_distance"] == [0, 0]
+    assert found["ablation-baseline"].result.pixel_distance == (0, 0)
     folders = [whole / "mar_tiny" / name / "images" for name in ("baseline", "ablations/selection-chance")]
     images = [np.stack([np.array(Image.open(path)) for path in sorted(folder.iterdir())]) for folder in folders]
     difference = np.abs(images[0].astype(float) - images[1]).mean(axis=(1, 2, 3))
-    value, error = found["ablation-selection-chance"]["pixel_distance"]
+    value, error = found["ablation-selection-chance"].result.pixel_distance
     assert value == pytest.approx(difference.mean(), rel=1e-5) and value > 0.1
-    halves = difference[:10].mean(), difference[10:].mean()  # the jackknife's two groups
-    assert error == pytest.approx(abs(halves[0] - halves[1]) / 2, rel=1e-4)
-    assert found["ablation-selection-chance"]["pixel_distance_by_group"] == pytest.approx(halves, rel=1e-5)
+    groups = [difference[:10].mean(), difference[10:].mean()]  # the jackknife's two
+    assert error == pytest.approx(abs(groups[0] - groups[1]) / 2, rel=1e-4)
+    assert found["ablation-selection-chance"].result.pixel_distance_by_group == pytest.approx(groups, rel=1e-5)
 
 
 def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys):
@@ -300,9 +317,11 @@ def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys)
     assert run(copy) == 0 and evaluated == ["baseline", "selection-chance"]
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "damaged" in line]
     assert len(notes) == 2 and "mar_tiny-baseline.json" in notes[0] and "ablation-baseline.json" in notes[1]
-    again, measured = results(copy), json.loads(before["ablation-baseline"])["result"]
-    assert again["mar_tiny-baseline"]["parameters"] < 5e6
-    assert all(again["ablation-baseline"][key] == measured[key] for key in ("fid", "inception_score", "inputs"))
+    again, measured = results(copy), json.loads(before["ablation-baseline"])["record"]
+    assert again["mar_tiny-baseline"].result.parameters < 5e6
+    assert dataclasses.asdict(again["ablation-baseline"].inputs) == measured["inputs"]
+    for score in ("fid", "inception_score"):
+        assert list(getattr(again["ablation-baseline"].result, score)) == measured["result"][score]
     assert (copy / "mar_tiny" / "ablations" / "selection-chance" / "images" / "000003.png").exists()
 
 
@@ -323,10 +342,10 @@ def test_two_processes_measure_the_same(tmp_path, whole, weights):
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     mine, theirs = results(tmp_path / "run"), results(whole)
-    assert set(mine) == set(theirs) and mine["mar_tiny-baseline"]["processes"] == 2
+    assert set(mine) == set(theirs) and mine["mar_tiny-baseline"].conditions.processes == 2
     name = "ablation-selection-chance"
     for measure in ("fid", "fid_difference", "inception_score", "pixel_distance"):
-        assert mine[name][measure] == theirs[name][measure]
+        assert getattr(mine[name].result, measure) == getattr(theirs[name].result, measure)
 
 
 def test_without_weights_the_rest_is_measured_and_the_missing_file_named(tmp_path, monkeypatch):
@@ -335,11 +354,12 @@ def test_without_weights_the_rest_is_measured_and_the_missing_file_named(tmp_pat
     assert run(tmp_path / "run") == 0
     found = results(tmp_path / "run")
     assert not any(name.startswith("ablation") or "redundancy" in name for name in found)
-    for method in program.METHODS:
-        row = found[f"mar_tiny-{method}"]
-        assert nowhere in row["missing"] and row["run"] is None and not row["unfinished"]
-        assert row["latency"]["seconds"] > 0 and row["latency"]["how"] == "one image, random weights, timed in full"
+    for method in METHODS:
+        row = found[Row.name("mar_tiny", method)].result
+        assert nowhere in row.not_run and row.evaluation is None and not row.unfinished
+        assert row.latency.seconds > 0 and row.latency.how == "timed in full"
     text = make_page(tmp_path / "run")
+    assert "seconds are of one image, random weights, timed in full" in text
     assert f"NOT RUN:</span> weights missing: {nowhere}" in text and "RANDOM WEIGHTS:" in text
 
 
@@ -404,15 +424,15 @@ def test_other_settings_than_the_papers_are_named(whole):
     assert "num_iter 8 instead of 64" in row and "num_images 20 instead of 50000" in row
     settings = json.loads(json.dumps(check(parse_options("", ["--model", "mar_huge", "--lazy_mar"])).settings(
         torch.device("cuda"), torch.bfloat16)))  # fmt: skip
-    row = page.Row("mar_huge", "lazymar", {"run": {}, "unfinished": True, "inputs": {"settings": settings}}, 0)
-    assert row.other_settings() == []
+    record = Record(Row("mar_huge", "LazyMAR", 0, []), Inputs(settings, {}), Conditions({}, "", 1, ""))
+    assert other_settings(record) == []
     settings["cache"]["refresh_interval"] = 5
-    assert row.other_settings() == ["refresh_interval 5 instead of 9"]
+    assert other_settings(record) == ["refresh_interval 5 instead of 9"]
 
 
 def test_what_is_not_finished_is_shown_as_partial(copy):
     assert "PARTIAL" not in make_page(whole_of_ablations(copy))
-    change(copy, "mar_tiny-lazymar", run=None, unfinished=True)
+    change(copy, "mar_tiny-lazymar", evaluation=None)
     (copy / "mar_tiny" / "lazymar" / "images" / "000019.png").unlink()
     (copy / "results" / "ablation-selection-chance.json").unlink()
     (copy / "results" / "mar_base-baseline.json").unlink()
@@ -427,28 +447,43 @@ def test_what_is_not_finished_is_shown_as_partial(copy):
 def whole_of_ablations(folder: Path) -> Path:
     """The folder with results for the ablations that were not run, so that nothing is lacking."""
     files = Results(folder / "results")
-    example = files.read("ablation-selection-chance")
-    for name, kind in ABLATIONS.items():
+    example = files.read(Comparison, "ablation-selection-chance")
+    for ablation, kind in ABLATIONS.items():
         for label in kind.policies:
-            if files.read(result := f"ablation-{run_name(name, label)}") is None:
-                files.write(result, {**example, "ablation": name, "label": label})
+            if not files.path(name := Comparison.name(ablation, label)).exists():
+                result = dataclasses.replace(example.result, ablation=ablation, label=label)
+                files.write(name, dataclasses.replace(example, result=result))
     return folder
 
 
 def test_ablations_of_other_settings_are_not_mixed(copy):
-    inputs = results(copy)["ablation-selection-chance"]["inputs"]
-    change(copy, "ablation-selection-chance", inputs={**inputs, "images": 10})
+    inputs = results(copy)["ablation-selection-chance"].inputs
+    change(copy, "ablation-selection-chance", inputs=dataclasses.replace(inputs, num_images=10))
     assert "PARTIAL: chance not measured." in make_page(copy)
 
 
-def test_results_of_another_version_are_not_taken_for_this_ones(tmp_path):
-    files = Results(tmp_path)
-    files.write("row", {"seconds": 1})
-    assert files.read("row")["seconds"] == 1
-    path = files.path("row")
-    path.write_text(re.sub(r'"format": \d+', '"format": 0', path.read_text()))
-    with pytest.raises(InputError, match=r"row\.json is .*another version.*run reproduce.py again"):
-        files.read("row")
+def test_results_are_read_as_they_were_written(whole, tmp_path):
+    """Every kind, with what is not known, and by a process that has nothing but the file."""
+    for name, record in results(whole).items():
+        Results(tmp_path).write(name, record)
+        assert Results(tmp_path).read(kind_of(name), name) == record
+    row = results(whole)["mar_huge-baseline"]
+    options = check(parse_options("", ["--model", "mar_tiny", "--lazy_mar"]))
+    inputs = inputs_of(options, torch.device("cpu"), torch.float32, files=False)
+    Results(tmp_path).write("row", dataclasses.replace(row, inputs=inputs))
+    assert Results(tmp_path).read(Row, "row").inputs == inputs
+    comparison = dataclasses.replace(results(whole)["ablation-baseline"].result, fid=Spread(1.5, math.nan))
+    Results(tmp_path).write("one group", Record(comparison, inputs, row.conditions))
+    assert math.isnan(Results(tmp_path).read(Comparison, "one group").result.fid.error)
+
+
+def test_results_of_another_version_or_with_other_fields_are_not_taken_for_this_ones(copy):
+    files, path = Results(copy / "results"), copy / "results" / "mar_tiny-baseline.json"
+    with pytest.raises(InputError, match=r"mar_tiny-baseline\.json is .*another version.*run reproduce.py again"):
+        files.read(Redundancy, "mar_tiny-baseline")
+    path.write_text(re.sub(r'"format": \d+', '"format": 2', path.read_text()))
+    with pytest.raises(InputError, match=r"mar_tiny-baseline\.json is .*another version.*run reproduce.py again"):
+        files.read(Row, "mar_tiny-baseline")
 
 
 def test_damaged_results_are_named_on_the_page(copy, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import PRESETS, AutoencoderKL
-from models.lazymar.plan import Step
+from models.lazymar.plan import make_plan
 from util.errors import InputError
 from util.job.processes import Job, Stopped, launch
 from util.job.progress import Progress, StepProgress
@@ -270,7 +270,7 @@ def test_progress_in_a_terminal_shows_parts_of_images(capsys, monkeypatch):
     assert " 63%|" in (shown := capsys.readouterr().err) and "1,250.3 of 2,000 images [" in shown
 
 
-STEPS = [Step(index, index, index + 1, 0, 1.0, True, 1, 1) for index in range(3)]
+STEPS = make_plan(3, 1, num_iter=3, cfg=1.0, policy=None).steps
 
 
 def test_a_batch_moves_by_the_share_of_each_steps_flops():

@@ -102,8 +102,8 @@ def test_run_settings(changes: dict, policy: CachePolicy | None) -> None:
 
 @pytest.mark.parametrize("rows", [1, 10, 40])
 @pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
-def test_modulations_in_products_of_any_size(policy: CachePolicy | None, rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(models.lazymar.head, "ROWS_PER_PRODUCT", rows)  # which break up the runs of equal steps
+def test_modulations_in_matmuls_of_any_size(policy: CachePolicy | None, rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(models.lazymar.head, "ROWS_PER_MATMUL", rows)  # which break up the runs of equal steps
     assert_equal_to_naive(policy, batch=2)
 
 

@@ -306,7 +306,7 @@ def test_bad_folders_and_images_exit_with_2_and_a_sentence(sample, stats, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch_size", "0"], "--batch_size 0"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
         (["--statistics", "missing.npz"], "missing.npz does not exist"),
         (["--inception_weights", "file.pth"], "--inception_weights has no use"),
         (["--json", "/proc/none/scores.json"], "cannot write /proc/none/scores.json"),

@@ -1,4 +1,4 @@
-"""Sampling tokens from the diffusion head, in full or with LazyMAR's head cache."""
+"""The diffusion head's part of a step: tokens for given conditions, by denoising; with the head cache."""
 
 from __future__ import annotations
 
@@ -12,64 +12,53 @@ from torch import Tensor, nn
 
 from diffusion.ancestral import denoise
 from diffusion.schedule import NoiseSchedule
-from models.diffloss import DiffusionHead, ResidualBlock, modulate
-from models.lazymar.plan import CachePolicy, HeadStep, make_head_plan
+from models.diffloss import DiffusionHead, modulate
+from models.lazymar.plan import DenoisingStep, HeadPlan
 from models.linear import Linear
 
-ROWS_PER_PRODUCT = 4096  # modulations are computed for several denoising steps at once up to this many rows
-
-
-def modulated_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    shift: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The norm of `x` [n, W], modulated, in `dtype`."""
-    return modulate(F.layer_norm(x, x.shape[-1:], weight, bias, eps), shift, scale).to(dtype)
+ROWS_PER_MATMUL = 4096  # modulations are computed for several denoising steps at once, up to this many rows
 
 
 class HeadCache:
-    """What the denoising steps of one autoregressive step pass on, conditional half only.
+    """The paper's head cache: what the denoising steps of one autoregressive step reuse, of the conditional branch.
 
-    mlp_outputs: each computed block's mlp output, before the gate.
-    skipped:     what each run of skipped blocks added.
-    difference:  eps_cond - eps_uncond.
+    mlp_outputs: each block's MLP output, before the gate; stored by the steps that compute it, read by REUSE.
+    added:       what each run of skipped blocks added, by its first block; stored by REFRESH, read by all others.
+    difference:  the predicted noise, conditional - unconditional, to guide by; stored by REFRESH, read by all. None
+                 without guidance.
     """
 
     def __init__(self) -> None:
         self.mlp_outputs: dict[int, Tensor] = {}
-        self.skipped: dict[int, Tensor] = {}
+        self.added: dict[int, Tensor] = {}
         self.difference: Tensor | None = None
 
 
 class Modulations:
-    """What the layers that modulate the head's blocks return, for the denoising steps of one kind in the order of use.
+    """Shifts, scales and gates for the denoising steps of one kind, in the order of use.
 
-    They do not depend on the tokens, so that one product serves several steps.
+    They depend on the denoising step and the condition, not on the noisy tokens, so that one matmul serves several
+    steps: a saving without any loss.
 
     Args:
-        layers:    the layers, each with the part of its outputs that is wanted.
-        times:     [S, W] the steps' time embeddings.
-        condition: [n, W] the tokens' conditions, embedded.
+        layers:    the linear layers that compute them, each with the part of its outputs that is wanted.
+        times:     [S, W] embeddings of the steps' timesteps.
+        condition: [n, W] the tokens' embedded conditions.
     """
 
     def __init__(self, layers: list[tuple[Linear, slice]], times: Tensor, condition: Tensor) -> None:
         self.layers, self.condition = layers, condition
-        self.ahead = iter(times.split(max(1, ROWS_PER_PRODUCT // len(condition))))
-        self.outputs: list[Tensor] = []  # of steps not taken yet
+        self.times_ahead = iter(times.split(max(1, ROWS_PER_MATMUL // len(condition))))
+        self.ahead: list[Tensor] = []  # computed, and not taken yet
 
     def take(self, count: int) -> Iterator[list[Tensor]]:
-        """Each layer's outputs [steps, n, ...] for the next `count` steps, in pieces of one step or more."""
+        """Yield each layer's outputs [steps, n, ...] for the next `count` steps, in pieces of one step or more."""
         while count > 0:
-            if not self.outputs or not len(self.outputs[0]):
-                y = F.silu(next(self.ahead).unsqueeze(1) + self.condition)  # [steps, n, W]
-                self.outputs = [layer.part(y, outputs) for layer, outputs in self.layers]
-            piece = [output[:count] for output in self.outputs]
-            self.outputs = [output[count:] for output in self.outputs]
+            if not self.ahead or not len(self.ahead[0]):
+                y = F.silu(next(self.times_ahead).unsqueeze(1) + self.condition)  # [steps, n, W]
+                self.ahead = [layer.part(y, outputs) for layer, outputs in self.layers]
+            piece = [output[:count] for output in self.ahead]
+            self.ahead = [output[count:] for output in self.ahead]
             count -= len(piece[0])
             yield piece
 
@@ -77,126 +66,136 @@ class Modulations:
 class HeadSampler:
     """Samples tokens for given conditions; made once per run.
 
-    Noisy tokens, residual stream, first and last layer and the diffusion update are in `dtype`, the blocks' products in
-    the head's own: the first of 100 steps multiplies an error of the predicted noise by 316.
+    Noisy tokens, residual stream, first and last layer and the diffusion update are in `dtype`, the blocks' matmuls in
+    the head's own: the first of 100 denoising steps multiplies an error of the predicted noise by 316.
+
+    Raises ValueError for a number of denoising steps outside 2 to 1000.
     """
 
-    def __init__(
-        self,
-        head: DiffusionHead,
-        num_sampling_steps: int,
-        temperature: float,
-        guided: bool,
-        policy: CachePolicy | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.head, self.temperature, self.guided = head, temperature, guided
-        kinds = make_head_plan(num_sampling_steps, policy)
-        self.kinds = [(kind, len(list(steps))) for kind, steps in groupby(kinds)]
-        skipped = policy.head_skipped_blocks if policy is not None and policy.head_cache else ()
+    def __init__(self, head: DiffusionHead, plan: HeadPlan, temperature: float, dtype: torch.dtype) -> None:
+        self.head, self.plan, self.temperature = head, plan, temperature
         numbers = range(len(head.res_blocks))
-        self.runs = [(skip, list(run)) for skip, run in groupby(numbers, key=lambda number: number in skipped)]
+        by_skipping = groupby(numbers, key=lambda number: number in plan.skipped_blocks)
+        self.block_runs = [(skipped, list(run)) for skipped, run in by_skipping]
 
         device = head.input_proj.weight.device
-        schedule = NoiseSchedule.create(num_sampling_steps)
+        schedule = NoiseSchedule.create(len(plan.steps))
         # Per denoising step, in the order of use:
-        embedding = head.time_embed(torch.tensor(schedule.timesteps[::-1]))  # [S, W]
-        # Per kind of step, the layers that modulate it and the embeddings of its steps:
-        self.modulated = {
-            kind: (self._modulation_layers(kind), torch.stack([row for row, of in zip(embedding, kinds) if of == kind]))
-            for kind in set(kinds)
-        }
+        times = head.time_embed(torch.tensor(schedule.timesteps[::-1]))  # [S, W]
         columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
         coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4]
         self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]
+        # Per kind of denoising step, the layers that modulate it and the embeddings of its timesteps:
+        self.modulated = {
+            kind: (
+                self._modulation_layers(kind),
+                torch.stack([time for time, its_kind in zip(times, plan.steps) if its_kind is kind]),
+            )
+            for kind in set(plan.steps)
+        }
 
-        self.input_weight, self.input_bias = _weights(head.input_proj, dtype)
-        self.output_layer = _weights(head.final_layer.linear, dtype)
-        self.norms = [_weights(block.in_ln, dtype) for block in head.res_blocks]
+        self.input_weight, self.input_bias = _parameters(head.input_proj, dtype)
+        self.output_layer = _parameters(head.final_layer.linear, dtype)
+        self.blocks_dtype = next(head.res_blocks[0].mlp.parameters()).dtype
+        self.norms = [_parameters(block.in_ln, dtype) for block in head.res_blocks]
 
-    def _modulation_layers(self, kind: str) -> list[tuple[Linear, slice]]:
-        """The layers whose modulations a step of this kind uses, in the order of use, and which of their outputs."""
+    def _modulation_layers(self, kind: DenoisingStep) -> list[tuple[Linear, slice]]:
+        """Return the layers whose outputs a step of this kind uses, in the order of use, and which of these."""
         layers = []
-        for skip, blocks in self.runs:
-            for layer in (self.head.res_blocks[number].adaLN_modulation[1] for number in blocks):
-                if kind == HeadStep.FULL or (kind == HeadStep.WARM and not skip):
+        for skipped, blocks in self.block_runs:
+            for layer in (self.head.res_blocks[number].modulation for number in blocks):
+                if kind is DenoisingStep.REFRESH or (kind is DenoisingStep.WARMUP and not skipped):
                     layers.append((layer, slice(None)))
-                elif not skip:  # a stored mlp output needs only its gate
+                elif not skipped:  # a stored MLP output needs only its gate
                     layers.append((layer, slice(2 * layer.in_features, None)))
-        return [*layers, (self.head.final_layer.adaLN_modulation[1], slice(None))]
+        return [*layers, (self.head.final_layer.modulation, slice(None))]
 
     def __call__(self, conditions: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
-        """Tokens [n, C] for `conditions` [n, D], or [2n, D] (conditional half first) under guidance.
+        """Return tokens [n, C] for `conditions` [n, D], or [2n, D] under guidance, the conditional branch first.
 
-        noise [S + 1, n, C]: the start, then one draw per denoising step. `guidance` []: the guidance scale - 1.
+        Args:
+            noise:    [S + 1, n, C]: where denoising starts, then a draw for each step.
+            guidance: [] the CFG scale - 1.
         """
-        condition = self.head.cond_embed(conditions)
-        num_tokens = noise.shape[1]
-        modulations = {
-            kind: Modulations(layers, times, condition if kind == HeadStep.FULL else condition[:num_tokens])
-            for kind, (layers, times) in self.modulated.items()
-        }
         cache = HeadCache()
-        x, draws = noise[0], iter(zip(self.coefficients, [*noise[1:-1], None]))
-        for kind, count in self.kinds:
-            for *of_blocks, of_output in modulations[kind].take(count):
-                reused = self._reused(of_blocks, cache, len(of_output)) if kind == HeadStep.REUSE else None
-                for step, modulation in enumerate(of_output):
-                    if reused is not None:
-                        h = F.linear(x, self.input_weight) + reused[step]
-                    else:
-                        h = F.linear(x, self.input_weight, self.input_bias)
-                        h = self._blocks(kind, h, [layer[step] for layer in of_blocks], cache)
-                    eps, v = self._predict(kind, h, modulation, cache)
-                    x = denoise(x, eps, v, cache.difference, guidance, *next(draws), self.temperature)
+        x = noise[0]
+        steps = self._steps(self.head.cond_embed(conditions), noise.shape[1], cache)
+        for (kind, blocks, output), coefficients, draw in zip(steps, self.coefficients, [*noise[1:-1], None]):
+            if kind is DenoisingStep.REUSE:
+                h = F.linear(x, self.input_weight) + blocks
+            else:
+                h = self._blocks(kind, F.linear(x, self.input_weight, self.input_bias), blocks, cache)
+            eps, v = self._predict(kind, h, output, cache)
+            x = denoise(x, eps, v, cache.difference, guidance, coefficients, draw, self.temperature)
         return x
 
-    def _blocks(self, kind: str, h: Tensor, modulations: Sequence[Tensor], cache: HeadCache) -> Tensor:
-        """The residual blocks' output for the projected tokens `h` [n, W]; [2n, W] at a full step under guidance."""
-        num_tokens, modulations = len(h), iter(modulations)
-        if kind == HeadStep.FULL and self.guided:
-            h = torch.cat([h, h])  # both halves denoise the same tokens
-        for skip, blocks in self.runs:
-            if skip and kind != HeadStep.FULL:
-                h = h + cache.skipped[blocks[0]]
+    def _steps(self, condition: Tensor, num_tokens: int, cache: HeadCache) -> Iterator[tuple]:
+        """Yield for each denoising step its kind, what its blocks need and the final layer's modulation [n, 2W].
+
+        Blocks need their modulations, a list of [n, 3W]. At a REUSE step they compute nothing: it needs what they add,
+        [n, W]. That is the same sum for all steps until the cache changes, but for the gates, and is computed for
+        several steps at once; so this must not run ahead of the loop that fills the cache.
+        """
+        modulations = {
+            kind: Modulations(layers, times, condition if kind is DenoisingStep.REFRESH else condition[:num_tokens])
+            for kind, (layers, times) in self.modulated.items()
+        }
+        for kind, count in self.plan.stretches:
+            for *of_blocks, of_output in modulations[kind].take(count):
+                reused = self._reused(of_blocks, cache, len(of_output)) if kind is DenoisingStep.REUSE else None
+                for step, output in enumerate(of_output):
+                    yield kind, [layer[step] for layer in of_blocks] if reused is None else reused[step], output
+
+    def _blocks(self, kind: DenoisingStep, h: Tensor, modulations: Sequence[Tensor], cache: HeadCache) -> Tensor:
+        """Return the residual blocks' output for the projected tokens `h` [n, W]: [n, W], or [2n, W] of both branches.
+
+        Blocks that the step skips add what they added at the last refresh.
+        """
+        num_tokens, ahead = len(h), iter(modulations)
+        if kind is DenoisingStep.REFRESH:
+            h = h.repeat(self.plan.num_branches, 1)  # both branches denoise the same tokens
+        for skipped, blocks in self.block_runs:
+            if skipped and kind is not DenoisingStep.REFRESH:
+                h = h + cache.added[blocks[0]]
                 continue
             before = h
             for number in blocks:
-                *shift_scale, gate = next(modulations).chunk(3, dim=-1)
-                update = self._mlp(number, h, *shift_scale)
+                shift, scale, gate = next(ahead).chunk(3, dim=-1)
+                update = self._mlp(number, h, shift, scale)
                 cache.mlp_outputs[number] = update[:num_tokens]
                 h = torch.addcmul(h, gate, update)
-            if skip:
-                cache.skipped[blocks[0]] = (h - before)[:num_tokens]
+            if skipped:
+                cache.added[blocks[0]] = (h - before)[:num_tokens]
         return h
 
     def _reused(self, gates: Sequence[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
-        """What the first layer's bias and the blocks add [steps, n, W] at steps that compute no block."""
-        gates = iter(gates)
-        added = self.input_bias.expand(num_steps, 1, -1)
-        for skip, blocks in self.runs:
-            if skip:
-                added = added + cache.skipped[blocks[0]]
+        """Return what the first layer's bias and all blocks add [steps, n, W] at steps that compute no block."""
+        ahead = iter(gates)
+        total = self.input_bias.expand(num_steps, 1, -1)
+        for skipped, blocks in self.block_runs:
+            if skipped:
+                total = total + cache.added[blocks[0]]
             else:
                 for number in blocks:
-                    added = torch.addcmul(added, next(gates), cache.mlp_outputs[number])
-        return added
+                    total = torch.addcmul(total, next(ahead), cache.mlp_outputs[number])
+        return total
 
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        block: ResidualBlock = self.head.res_blocks[number]
-        dtype = block.mlp[0].weight.dtype
-        return block.mlp(modulated_norm(h, *self.norms[number], block.in_ln.eps, shift, scale, dtype))
+        block = self.head.res_blocks[number]
+        weight, bias = self.norms[number]
+        normed = F.layer_norm(h, h.shape[-1:], weight, bias, block.in_ln.eps)
+        return block.mlp(modulate(normed, shift, scale).to(self.blocks_dtype))
 
-    def _predict(self, kind: str, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
-        """The conditional eps and v, each [n, C], from the blocks' output; the difference to guide by is cached."""
-        norm_eps = self.head.final_layer.norm_final.eps
-        normed = modulated_norm(h, None, None, norm_eps, *modulation.chunk(2, dim=-1), h.dtype)
-        eps, v = F.linear(normed, *self.output_layer).chunk(2, dim=-1)
-        if kind == HeadStep.FULL and self.guided:
+    def _predict(self, kind: DenoisingStep, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
+        """Return eps and v [n, C] of the conditional branch; a refresh stores the difference to guide by."""
+        normed = F.layer_norm(h, h.shape[-1:], eps=self.head.final_layer.norm_final.eps)
+        modulated = modulate(normed, *modulation.chunk(2, dim=-1)).to(h.dtype)
+        eps, v = F.linear(modulated, *self.output_layer).chunk(2, dim=-1)
+        if kind is DenoisingStep.REFRESH and self.plan.num_branches == 2:
             eps, unconditional = eps.chunk(2)
             cache.difference, v = eps - unconditional, v[: len(eps)]
         return eps, v
 
 
-def _weights(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+def _parameters(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     return [parameter.detach().to(dtype) for parameter in layer.parameters()]

@@ -1,84 +1,68 @@
-"""What a run computes at which step: the caching policy, and the plan that follows from it before the first step.
+"""The plan of a run: every decision about what is computed at which step, taken before the first step.
 
-`python -m models.lazymar --help` prints the plan of a run.
+That is possible because a run's order of prediction is drawn up front and the number of tokens per step follows from a
+schedule. Whatever varies between methods is a field here; the loops that carry a plan out ask no policy.
+`python -m models.lazymar` prints the plan of a run.
+
+Tokens are counted in the order in which the run predicts them. Rows are the P buffer rows, then the L tokens.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import groupby
+
+from models.lazymar.policy import CachePolicy
 
 CFG_SCHEDULES = ("linear", "constant")
-SELECTIONS = ("similarity", "random")
-REFERENCE_STEPS = 64  # the number of steps that the kept fractions are listed for
 
 
-def _option(default, help_text: str):
-    return field(default=default, metadata={"help": help_text})
+class DenoisingStep(Enum):
+    """The kinds of denoising steps, by what the diffusion head computes."""
+
+    REFRESH = "refresh"  # both branches, every block
+    WARMUP = "warm-up"  # the conditional branch, every block but the skipped ones
+    REUSE = "reuse"  # the conditional branch, no block
 
 
-@dataclass(frozen=True)
-class CachePolicy:
-    """LazyMAR's settings; the defaults are the paper's for 64 steps (arXiv 2503.12450 and the authors' code).
+@dataclass(frozen=True, eq=False)
+class HeadPlan:
+    """The diffusion head's part of an autoregressive step's plan; steps that do the same share one object.
 
-    Raises ValueError, naming the field, for a value out of range.
+    steps:          its denoising steps, in the order of use: from index S - 1 down to 0.
+    skipped_blocks: residual blocks that only a refresh computes.
+    num_branches:   2 under guidance, the conditional and the unconditional branch; else 1.
     """
 
-    start_step: int = _option(5, "all steps before this one are computed in full")
-    refresh_interval: int = _option(9, "from the start step on, one step in this many is computed in full")
-    prune_layer: int = _option(3, "decoder block after whose attention only the least similar rows go on")
-    kept_fractions: tuple[tuple[int, float], ...] = _option(
-        ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
-        "fraction of rows kept, from each listed step of 64 on",
-    )
-    min_margin: int = _option(15, "rows kept at least, besides those predicted at this step and the one before")
-    selection: str = _option("similarity", "rows that pass the prune layer: the least similar, or any (random)")
-    head_refresh_interval: int = _option(7, "denoising steps whose index is a multiple of this run the head in full")
-    head_skipped_blocks: tuple[int, ...] = _option((1, 2, 3, 4), "head blocks replaced by what they last added")
-    head_warmup: float = _option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
-    token_cache: bool = _option(True, "reuse token features: the encoder's keys and values, the decoder's pruned rows")
-    condition_cache: bool = _option(True, "reuse the difference between the unconditional and the conditional half")
-    head_cache: bool = _option(True, "reuse the diffusion head's features between denoising steps")
+    steps: tuple[DenoisingStep, ...]
+    skipped_blocks: tuple[int, ...]
+    num_branches: int
 
-    def __post_init__(self) -> None:
-        def check(valid: bool, name: str, wanted: str) -> None:
-            if not valid:
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
-
-        check(self.start_step >= 0, "start_step", "at least 0")
-        check(self.refresh_interval >= 1, "refresh_interval", "at least 1")
-        check(self.prune_layer >= 0, "prune_layer", "at least 0")
-        check(self.min_margin >= 0, "min_margin", "at least 0")
-        check(self.selection in SELECTIONS, "selection", " or ".join(SELECTIONS))
-        check(self.head_refresh_interval >= 1, "head_refresh_interval", "at least 1")
-        check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
-        check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
-        starts = [start for start, _ in self.kept_fractions]
-        in_order = starts[:1] == [0] and all(before < after for before, after in zip(starts, starts[1:]))
-        in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
-        check(in_order and in_range, "kept_fractions", "pairs step:fraction with rising steps from 0, fractions 0 to 1")
-
-    def is_refresh(self, step: int) -> bool:
-        """Whether everything is computed at this step."""
-        return step == 0 or step < self.start_step or (step - self.start_step) % self.refresh_interval == 0
-
-    def kept_fraction(self, step: int, num_iter: int) -> float:
-        """The fraction of rows kept, looked up at the same progress through the run."""
-        progress = step * REFERENCE_STEPS // num_iter
-        return [fraction for start, fraction in self.kept_fractions if start <= progress][-1]
+    @cached_property
+    def stretches(self) -> list[tuple[DenoisingStep, int]]:
+        """The denoising steps as runs of equal ones: each kind and how many of it follow one another."""
+        return [(kind, len(list(steps))) for kind, steps in groupby(self.steps)]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One autoregressive step. Tokens are counted in the order in which the run predicts them.
+    """The plan of one autoregressive step.
 
-    index:        0-based.
-    start, stop:  the tokens predicted now; those before `start` are known.
-    previous:     the first token that was predicted at the previous step.
-    cfg:          guidance scale.
-    refresh:      whether everything is computed (always, without a policy).
-    num_kept:     rows, of buffer and tokens, that pass the prune layer.
-    horizon:      the token up to which the conditions cached here are used (`stop` if none are cached here).
+    index:         counted from 0.
+    start, stop:   the tokens predicted now; those before `start` are known.
+    previous:      the first token predicted at the previous step.
+    cfg:           the CFG scale.
+    refresh:       whether the policy has everything computed here; always True in the baseline.
+    num_branches:  branches that the transformer computes: 2 for both, 1 for the conditional one.
+    reuses_tokens: whether features of the tokens known before `previous` are taken from the token cache.
+    num_kept:      rows that pass the prune layer.
+    horizon:       the last block's output is computed for the tokens from `start` to here: beyond `stop` where steps
+                   until the next refresh read it from the condition cache.
+    head:          what the diffusion head computes.
     """
 
     index: int
@@ -87,12 +71,59 @@ class Step:
     previous: int
     cfg: float
     refresh: bool
+    num_branches: int
+    reuses_tokens: bool
     num_kept: int
     horizon: int
+    head: HeadPlan
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens predicted now."""
+        return self.stop - self.start
+
+    @property
+    def new(self) -> slice:
+        """The known tokens whose features are computed rather than reused."""
+        return slice(self.previous if self.reuses_tokens else 0, self.start)
+
+    @property
+    def predicted(self) -> slice:
+        """The tokens predicted now."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run, and what its caches hold.
+
+    steps:         in order.
+    num_rows:      P + L.
+    num_branches:  2 under guidance, else 1.
+    lazy_branches: branches that steps between refreshes compute, and that the token cache holds.
+    prune_layer:   the decoder block whose attention is the last that sees every row; None without a token cache.
+    selection:     the rule for which rows pass it, one of `SELECTIONS`.
+    """
+
+    steps: tuple[Step, ...]
+    num_rows: int
+    num_branches: int
+    lazy_branches: int
+    prune_layer: int | None
+    selection: str
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 def tokens_masked(seq_len: int, num_iter: int) -> list[int]:
-    """Tokens still masked before the first step and after each one, by the cosine schedule; `num_iter` + 1 counts."""
+    """Return how many tokens are masked before the first step and after each one: `num_iter` + 1 counts.
+
+    This is MAR's cosine schedule, with at least one token predicted at every step.
+    """
     masked = [seq_len]
     for step in range(num_iter - 1):
         wanted = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))
@@ -100,12 +131,34 @@ def tokens_masked(seq_len: int, num_iter: int) -> list[int]:
     return [*masked, 0]
 
 
-def make_plan(
-    seq_len: int, buffer_size: int, num_iter: int, cfg: float, cfg_schedule: str, policy: CachePolicy | None
-) -> list[Step]:
-    """The steps of a run over `seq_len` tokens with `buffer_size` rows in front of them.
+def make_head_plan(num_sampling_steps: int, policy: CachePolicy | None, num_branches: int) -> HeadPlan:
+    """Return the head's plan for `num_sampling_steps` denoising steps; without a policy every step is a refresh."""
+    if policy is None or not policy.head_cache:
+        return HeadPlan((DenoisingStep.REFRESH,) * num_sampling_steps, (), num_branches)
 
-    Raises ValueError for settings out of range.
+    def kind(index: int) -> DenoisingStep:
+        if index == num_sampling_steps - 1 or index % policy.head_refresh_interval == 0:
+            return DenoisingStep.REFRESH
+        return DenoisingStep.WARMUP if index > policy.head_warmup * num_sampling_steps else DenoisingStep.REUSE
+
+    return HeadPlan(
+        tuple(kind(index) for index in reversed(range(num_sampling_steps))), policy.head_skipped_blocks, num_branches
+    )
+
+
+def make_plan(
+    seq_len: int,
+    buffer_size: int,
+    *,
+    num_iter: int,
+    cfg: float,
+    cfg_schedule: str = "linear",
+    num_sampling_steps: int = 100,
+    policy: CachePolicy | None,
+) -> Plan:
+    """Return the plan of a run over `seq_len` tokens behind `buffer_size` rows; without a policy, the baseline's.
+
+    Raises ValueError, naming the setting, for one that is out of range.
     """
     if not 1 <= num_iter <= seq_len:
         raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
@@ -115,52 +168,53 @@ def make_plan(
         raise ValueError(f"cfg_schedule must be {' or '.join(CFG_SCHEDULES)}, not {cfg_schedule!r}")
     num_rows = buffer_size + seq_len
     known = [seq_len - masked for masked in tokens_masked(seq_len, num_iter)]
-    refreshes = [policy is None or policy.is_refresh(index) for index in range(num_iter)]
+    num_branches = 1 if cfg == 1 else 2
+    head = make_head_plan(num_sampling_steps, policy, num_branches)
+    prune_layer = None
+    if policy is None:  # every step is a refresh, and nothing is cached
+        policy = CachePolicy(start_step=num_iter, token_cache=False, condition_cache=False)
+    elif policy.token_cache:
+        prune_layer = policy.prune_layer
+    condition_cache = policy.condition_cache and num_branches == 2
+    lazy_branches = 1 if condition_cache else num_branches
+    refreshes = [policy.is_refresh(index) for index in range(num_iter)]
 
     steps = []
     for index, (start, stop) in enumerate(zip(known, known[1:])):
-        previous = known[max(index - 1, 0)]
+        refresh, previous = refreshes[index], known[max(index - 1, 0)]
         # The schedule counts one token as masked at the last step.
         scale = 1 + (cfg - 1) * min(stop, seq_len - 1) / seq_len if cfg_schedule == "linear" else cfg
-        num_kept = num_rows
-        if not refreshes[index] and policy.token_cache:
+        num_kept, horizon = num_rows, index + 1
+        if policy.token_cache and not refresh:
             wanted = int(num_rows * policy.kept_fraction(index, num_iter))
             num_kept = min(num_rows, max(stop - previous + policy.min_margin, wanted))
-        horizon = index + 1
-        if policy is not None and policy.condition_cache and refreshes[index]:
+        if condition_cache and refresh:
             while horizon < num_iter and not refreshes[horizon]:
                 horizon += 1
-        steps.append(Step(index, start, stop, previous, scale, refreshes[index], num_kept, known[horizon]))
-    return steps
+        steps.append(
+            Step(
+                index=index,
+                start=start,
+                stop=stop,
+                previous=previous,
+                cfg=scale,
+                refresh=refresh,
+                num_branches=num_branches if refresh else lazy_branches,
+                reuses_tokens=policy.token_cache and not refresh,
+                num_kept=num_kept,
+                horizon=known[horizon],
+                head=head,
+            )
+        )
+    return Plan(tuple(steps), num_rows, num_branches, lazy_branches, prune_layer, policy.selection)
 
 
-class HeadStep:
-    """What the head computes at a denoising step."""
-
-    FULL = "full"  # both halves, every block
-    WARM = "warm-up"  # the conditional half; every block but the skipped ones
-    REUSE = "reuse"  # the conditional half; no block
-
-
-def make_head_plan(num_sampling_steps: int, policy: CachePolicy | None) -> list[str]:
-    """The kind of each denoising step, in the order of use: from index `num_sampling_steps` - 1 down to 0."""
-
-    def kind(index: int) -> str:
-        if policy is None or not policy.head_cache:
-            return HeadStep.FULL
-        if index == num_sampling_steps - 1 or index % policy.head_refresh_interval == 0:
-            return HeadStep.FULL
-        return HeadStep.WARM if index > policy.head_warmup * num_sampling_steps else HeadStep.REUSE
-
-    return [kind(index) for index in reversed(range(num_sampling_steps))]
-
-
-def describe(steps: list[Step], num_rows: int) -> str:
-    """A table of a plan, one line per step."""
-    lines = ["step  kind     known  predicts    cfg  rows kept"]
-    for step in steps:
+def describe(plan: Plan) -> str:
+    """Return a table of the plan, one line per step."""
+    lines = ["step  kind     known  predicts    cfg  branches  rows kept"]
+    for step in plan:
         kind = "refresh" if step.refresh else "lazy"
-        tokens = f"{step.start:5d}  {step.stop - step.start:8d}"
-        share = f"{step.num_kept:4d} of {num_rows}"
-        lines.append(f"{step.index:4d}  {kind:7s}  {tokens}  {step.cfg:5.2f}  {share}")
+        tokens = f"{step.start:5d}  {step.num_tokens:8d}"
+        share = f"{step.num_kept:4d} of {plan.num_rows}"
+        lines.append(f"{step.index:4d}  {kind:7s}  {tokens}  {step.cfg:5.2f}  {step.num_branches:8d}  {share}")
     return "\n".join(lines)

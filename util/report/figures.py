@@ -6,18 +6,23 @@ import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from models.lazymar.flops import Flops
-from util.reproduction.paper import OTHER_METHODS, TABLE
+from models.lazymar.plan import Plan
+from util.report.words import MODEL_NAMES
+from util.reproduction.paper import METHODS, OTHER_METHODS, TABLE
+from util.reproduction.results import Comparison, Redundancy
 
 matplotlib.use("agg")  # files alone, no windows
 
@@ -30,6 +35,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 HATCHES = {"encoder": "///", "decoder": "", "head": "..."}
 PART_COLOURS = {"encoder": SKY, "decoder": BLUE, "head": ORANGE}
 WIDTH, DPI = 5.0, 200  # inches and dots per inch: 1000 pixels, which a phone shows at about a third
+REUSED = "#e3e3e3"
 LEAST_CHANGE = 1e-5  # what is shown for less, on a logarithmic axis
 STYLE = {
     "font.size": 11.5,
@@ -48,21 +54,6 @@ STYLE = {
     "hatch.linewidth": 0.6,
     "figure.constrained_layout.use": True,
 }
-MODEL_NAMES = {"mar_base": "B", "mar_large": "L", "mar_huge": "H", "mar_tiny": "tiny"}
-
-
-class Point(NamedTuple):
-    """A setting of LazyMAR, or the baseline, as measured; pairs are a value and its standard error."""
-
-    label: str
-    speed_up: float
-    fid: tuple[float, float]
-    fid_difference: tuple[float, float]  # from the baseline's
-    inception_score: tuple[float, float]
-    pixel_distance: tuple[float, float]  # from the baseline's images, of 255
-    pixel_distance_by_group: tuple[float, ...]  # of images
-    seconds: float  # of sampling, per image
-    tflops: float
 
 
 def draw(height: float, rows: int = 1, **options: object) -> tuple[Figure, Sequence[Axes]]:
@@ -95,19 +86,25 @@ def in_style(function: Callable[..., Figure]) -> Callable[..., bytes]:
 
 
 @in_style
-def quality_and_speed(measured: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+def quality_and_speed(measured: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """FID over speed-up on ImageNet: the papers' figures, and ours where there are any.
 
-    `measured`: by model, each method's (speed-up, FID).
+    `measured`: by model, (speed-up, FID) of each of `METHODS`.
     """
     figure, (axes,) = draw(4.6)
     for model, colour, marker in zip(("mar_base", "mar_large", "mar_huge"), (GREEN, VERMILION, BLUE), MARKERS):
-        rows = [TABLE[model, method] for method in ("baseline", "lazymar")]
+        rows = [TABLE[model, method] for method in METHODS]
         points = [row.speed_up for row in rows], [row.fid for row in rows]
-        axes.plot(*points, color=colour, marker=marker, mfc="white", label=f"MAR-{MODEL_NAMES[model]}, LazyMAR's paper")
+        name = f"MAR-{MODEL_NAMES[model]}"
+        axes.plot(*points, color=colour, marker=marker, mfc="white", label=f"{name}, LazyMAR's paper")
         if model in measured:
-            own = zip(*measured[model].values())
-            axes.plot(*own, color=colour, marker=marker, ls="--", label=f"MAR-{MODEL_NAMES[model]}, measured here")
+            axes.plot(
+                *zip(*measured[model]),
+                color=colour,
+                marker=marker,
+                ls="--",
+                label=f"MAR-{MODEL_NAMES[model]}, measured here",
+            )
     for method, colour, marker in zip(OTHER_METHODS, (PURPLE, BLACK, ORANGE), "X*P"):
         start, stop = method.speed_up
         label = f"{method.name}, MAR-H"
@@ -128,15 +125,17 @@ def quality_and_speed(measured: Mapping[str, Mapping[str, tuple[float, float]]])
 
 
 @in_style
-def small_model_quality_and_speed(baseline: Point, ablations: Mapping[str, Sequence[Point]]) -> Figure:
-    """FID over speed-up of the small model's ablations, by their title."""
+def small_model_quality_and_speed(baseline: Comparison, ablations: Mapping[str, Sequence[Comparison]]) -> Figure:
+    """FID over speed-up of the settings of the ablations, by each ablation's title."""
     figure, (axes,) = draw(5.0)
-    axes.axhspan(baseline.fid[0] - baseline.fid[1], baseline.fid[0] + baseline.fid[1], color="#eeeeee", lw=0)
-    axes.axhline(baseline.fid[0], color=BLACK, lw=1, ls=":")
-    axes.plot(baseline.speed_up, baseline.fid[0], color=BLACK, marker="*", ms=13, ls="", label="Baseline")
-    for (title, points), colour, marker in zip(ablations.items(), COLOURS, MARKERS):
-        fids = np.array([point.fid for point in points])
-        axes.errorbar([point.speed_up for point in points], fids[:, 0], fids[:, 1], color=colour, marker=marker,
+    fid, error = baseline.fid
+    axes.axhspan(fid - error, fid + error, color="#eeeeee", lw=0)
+    axes.axhline(fid, color=BLACK, lw=1, ls=":")
+    axes.plot(1, fid, color=BLACK, marker="*", ms=13, ls="", label="Baseline")
+    for (title, settings), colour, marker in zip(ablations.items(), COLOURS, MARKERS):
+        fids = np.array([setting.fid for setting in settings])
+        speed_ups = [setting.speed_up(baseline) for setting in settings]
+        axes.errorbar(speed_ups, fids[:, 0], fids[:, 1], color=colour, marker=marker,
                       ls="", elinewidth=1, capsize=2, alpha=0.9, label=title)  # fmt: skip
     axes.set(xlabel="Speed-up of sampling, measured", ylabel="FID* (lower is better)")
     figure.legend(loc="outside lower center", ncols=1)
@@ -144,21 +143,23 @@ def small_model_quality_and_speed(baseline: Point, ablations: Mapping[str, Seque
 
 
 @in_style
-def ablation(title: str, points: Sequence[Point], chosen: str) -> Figure:
-    """Distance to the baseline's images, FID and cost by setting; `chosen` is the paper's setting."""
+def ablation(title: str, settings: Sequence[Comparison], baseline: Comparison, paper_label: str) -> Figure:
+    """Distance to the baseline's images, FID and speed-up of each setting; `paper_label` is the paper's setting."""
     figure, (distance, fid, cost) = draw(6.6, 3, sharex=True)
-    x = np.arange(len(points))
-    ordered = all(point.label.replace(".", "").isdigit() for point in points)
-    for axes, name in ((distance, "pixel_distance"), (fid, "fid_difference")):
-        values = np.array([getattr(point, name) for point in points])
-        axes.errorbar(x, values[:, 0], values[:, 1], color=BLUE, marker="o", capsize=4, ls="-" if ordered else "")
+    x = np.arange(len(settings))
+    ordered = all(setting.label.replace(".", "").isdigit() for setting in settings)
+    for axes, measured in ((distance, [setting.pixel_distance for setting in settings]),
+                           (fid, [setting.fid_difference for setting in settings])):  # fmt: skip
+        values, errors = zip(*measured)
+        axes.errorbar(x, values, errors, color=BLUE, marker="o", capsize=4, ls="-" if ordered else "")
         axes.margins(x=0.08, y=0.2)
     fid.axhline(0, color=BLACK, lw=1, ls=":")
-    distance.set_ylim(0, 1.2 * max(point.pixel_distance[0] for point in points))
-    bars = cost.bar(x, [point.speed_up for point in points], color=SKY, edgecolor=BLACK, lw=0.8, width=0.6)
-    cost.bar_label(bars, [f"{point.speed_up:.1f}" for point in points], padding=2)
+    distance.set_ylim(0, 1.2 * max(setting.pixel_distance.value for setting in settings))
+    speed_ups = [setting.speed_up(baseline) for setting in settings]
+    bars = cost.bar(x, speed_ups, color=SKY, edgecolor=BLACK, lw=0.8, width=0.6)
+    cost.bar_label(bars, [f"{speed_up:.1f}" for speed_up in speed_ups], padding=2)
     cost.margins(y=0.18)
-    labels = [f"{point.label}\n(paper)" if point.label == chosen else point.label for point in points]
+    labels = [f"{setting.label}\n(paper)" if setting.label == paper_label else setting.label for setting in settings]
     cost.set_xticks(x, labels)
     cost.set_xlabel(title)
     distance.set_title("Distance to the baseline's images, of 255")
@@ -168,17 +169,18 @@ def ablation(title: str, points: Sequence[Point], chosen: str) -> Figure:
 
 
 @in_style
-def similarity_by_step(redundancy: Mapping) -> Figure:
+def similarity_by_step(redundancy: Redundancy) -> Figure:
     """How far rows are from themselves at the step before: 1 - cosine similarity."""
     figure, panels = draw(6.4, 2, sharex=True)
-    titles = {"values": f"Values of decoder block {redundancy['layer']}", "output": "Last decoder block's output"}
-    for axes, (name, title) in zip(panels, titles.items()):
-        for (group, band), colour, line in zip(redundancy[name].items(), (VERMILION, GREEN, BLUE), ("-", "--", "-.")):
-            changes = {key: np.maximum(1 - np.array(values), LEAST_CHANGE) for key, values in band.items()}
-            axes.fill_between(redundancy["steps"], changes["high"], changes["low"], color=colour, alpha=0.18, lw=0)
-            label = f"Tokens {group}" if name == "values" and not group.startswith("all") else None
-            label = "All other rows" if name == "values" and group.startswith("all") else label
-            axes.plot(redundancy["steps"], changes["mean"], color=colour, ls=line, label=label)
+    titles = (f"Values of decoder block {redundancy.layer}", "Last decoder block's output")
+    for axes, title, groups in zip(panels, titles, (redundancy.values, redundancy.output)):
+        for (group, band), colour, line in zip(groups.items(), (VERMILION, GREEN, BLUE), ("-", "--", "-.")):
+            low, mean, high = (
+                np.maximum(1 - np.array(similarity), LEAST_CHANGE) for similarity in (band.high, band.mean, band.low)
+            )
+            axes.fill_between(redundancy.steps, low, high, color=colour, alpha=0.18, lw=0)
+            label = "All other rows" if group.startswith("all") else f"Tokens {group}"
+            axes.plot(redundancy.steps, mean, color=colour, ls=line, label=label if axes is panels[0] else None)
         axes.set(title=title, ylabel="1 − cosine similarity", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("Step, compared with the one before")
@@ -187,22 +189,22 @@ def similarity_by_step(redundancy: Mapping) -> Figure:
 
 
 @in_style
-def guidance_by_distance(redundancy: Mapping) -> Figure:
-    """How the difference between the halves changes over steps, and what reusing it costs."""
+def guidance_by_distance(redundancy: Redundancy) -> Figure:
+    """How the difference between the branches changes over steps, and what reusing it costs."""
     figure, panels = draw(8.2, 3, sharex=True)
     lines = [
-        (panels[0], redundancy["difference"]["cosine"], VERMILION, None),
-        (panels[1], redundancy["difference"]["change"], VERMILION, None),
-        (panels[2], redundancy["error"]["difference reused"], VERMILION, "Difference reused"),
-        (panels[2], redundancy["error"]["output reused"], BLUE, "Output itself reused"),
+        (panels[0], redundancy.similarity, VERMILION, None),
+        (panels[1], redundancy.change, VERMILION, None),
+        (panels[2], redundancy.error_difference, VERMILION, "Difference reused"),
+        (panels[2], redundancy.error_output, BLUE, "Output itself reused"),
     ]
     for axes, band, colour, label in lines:
-        axes.fill_between(redundancy["distances"], band["low"], band["high"], color=colour, alpha=0.15, lw=0)
+        axes.fill_between(redundancy.distances, band.low, band.high, color=colour, alpha=0.15, lw=0)
         marker = "o" if colour == VERMILION else "s"
-        axes.plot(redundancy["distances"], band["mean"], color=colour, marker=marker, label=label)
+        axes.plot(redundancy.distances, band.mean, color=colour, marker=marker, label=label)
     panels[0].set_title("Difference: cosine similarity")
     panels[1].set_title("Difference: relative change")
-    panels[2].set_title("Error of the unconditional half")
+    panels[2].set_title("Error of the unconditional branch")
     for axes in panels[1:]:
         axes.set_ylim(bottom=0)
     panels[-1].set_xlabel("Steps apart")
@@ -211,8 +213,50 @@ def guidance_by_distance(redundancy: Mapping) -> Figure:
 
 
 @in_style
-def operations_by_part(rows: Mapping[str, Flops], baselines: Mapping[str, float]) -> Figure:
-    """Stacked bars per row (by name), in per cent of its baseline's total operations."""
+def rows_by_step(plans: Mapping[str, Plan], buffer_size: int, seq_len: int) -> Figure:
+    """The rows that encoder and decoder compute at each step of each plan, by its name.
+
+    The decoder's are those of the blocks behind the prune layer. Which of its rows are the least similar depends on the
+    image, so all that may be are drawn in one shade: the darker, the more of them are computed.
+    """
+    figure, grid = plt.subplots(len(plans), 2, figsize=(WIDTH, 1.1 + 2.1 * len(plans)), sharex=True, sharey=True)
+    for (name, plan), row in zip(plans.items(), grid):
+        # By row and step: the share of such rows that is computed; nan where there is no such row yet.
+        encoder, decoder = np.full((2, buffer_size + seq_len, len(plan)), np.nan)
+        for step in plan:
+            newest, known, stop = (buffer_size + count for count in (step.previous, step.start, step.stop))
+            encoder[:known, step.index] = 1 if step.refresh else 0
+            encoder[:buffer_size, step.index] = encoder[newest:known, step.index] = 1
+            always = stop - newest
+            decoder[:, step.index] = (step.num_kept - always) / (len(decoder) - always)
+            decoder[newest:stop, step.index] = 1
+        for axes, part, shares in zip(row, ("encoder", "decoder"), (encoder, decoder)):
+            axes.imshow(shade(shares), aspect="auto", interpolation="nearest",
+                        extent=(-0.5, len(plan) - 0.5, len(shares), 0))  # fmt: skip
+            axes.axhline(buffer_size, color=BLACK, lw=0.8, ls=":")
+            axes.set_title(f"{name}, {part}")
+            axes.set_yticks([buffer_size / 2, buffer_size + seq_len / 2], ["class", "tokens"], rotation=90, va="center")
+            axes.tick_params(axis="y", length=0)
+            axes.grid(visible=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("Step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shades = {"computed": 1, "some of these computed": 0.35, "reused": 0, "not known yet": np.nan}
+    patches = [Patch(fc=shade(share), ec=BLACK, lw=0.5, label=label) for label, share in shades.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=2)
+    return figure
+
+
+def shade(shares: np.ndarray | float) -> np.ndarray:
+    """RGB colours [..., 3] from `REUSED` for a share of 0 to `BLUE` for 1; white for nan."""
+    shares = np.asarray(shares, float)[..., None]
+    colours = shares * np.array(to_rgb(BLUE)) + (1 - shares) * np.array(to_rgb(REUSED))
+    return np.where(np.isnan(shares), 1.0, colours)
+
+
+@in_style
+def flops_by_part(rows: Mapping[str, Flops], baselines: Mapping[str, float]) -> Figure:
+    """Stacked bars per row (by name), in per cent of its baseline's total FLOPs."""
     figure, (axes,) = draw(0.8 + 0.48 * len(rows))
     y = np.arange(len(rows))
     left = np.zeros(len(rows))
@@ -225,7 +269,7 @@ def operations_by_part(rows: Mapping[str, Flops], baselines: Mapping[str, float]
         axes.text(end + 1, position, f"{flops.total / 1e12:.3g} T", va="center")
     axes.set_yticks(y, list(rows))
     axes.invert_yaxis()
-    axes.set(xlim=(0, 122), xlabel="Operations per image, % of the baseline's")
+    axes.set(xlim=(0, 122), xlabel="FLOPs per image, % of the baseline's")
     axes.set_xticks(range(0, 101, 20))
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=3)
@@ -233,7 +277,7 @@ def operations_by_part(rows: Mapping[str, Flops], baselines: Mapping[str, float]
 
 
 @in_style
-def operations_by_step(methods: Mapping[str, Sequence[Flops]]) -> Figure:
+def flops_by_step(methods: Mapping[str, Sequence[Flops]]) -> Figure:
     """Stacked bars per step, a panel for each method by name."""
     figure, panels = draw(5.6, len(methods), sharex=True, sharey=True)
     for axes, (name, steps) in zip(panels, methods.items()):

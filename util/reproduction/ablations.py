@@ -1,4 +1,4 @@
-"""The ablations: LazyMAR's settings, one varied at a time, the others as the paper has them."""
+"""The ablations: one setting of LazyMAR is varied at a time, and the others stay as the paper has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 from models import CachePolicy
 from util.errors import InputError
 
-LAZYMAR = CachePolicy()
+PAPER_POLICY = CachePolicy()
 ABLATED_MODEL = "mar_tiny"
 EARLY_PRUNING = CachePolicy(prune_layer=0)
 WHY_EARLY = (
@@ -20,15 +20,17 @@ WHY_EARLY = (
 
 @dataclass(frozen=True)
 class Ablation:
-    """A setting that is varied: the policy of each of its values, by a name that is short enough for an axis.
+    """One setting of LazyMAR that is varied.
 
-    base: the policy with the paper's value of this setting, one of `policies`.
-    note: for the reader, where the base differs from the paper's policy in another setting.
+    title:    the setting, for the reader.
+    policies: the policy with each value of the setting, by a label that is short enough for an axis.
+    base:     the one of `policies` with the paper's value.
+    note:     tells the reader why `base` differs from the paper's policy in another setting; empty if it does not.
     """
 
     title: str
     policies: Mapping[str, CachePolicy]
-    base: CachePolicy = LAZYMAR
+    base: CachePolicy = PAPER_POLICY
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -36,14 +38,15 @@ class Ablation:
 
 
 def _one_cache(name: str) -> CachePolicy:
+    """The policy that uses one of the three caches alone."""
     switches = dict.fromkeys(("token_cache", "condition_cache", "head_cache"), False)
     return CachePolicy(**{**switches, name: True})
 
 
 def _kept(factor: float) -> CachePolicy:
-    """`factor` times the paper's fractions and margin, pruned early."""
-    fractions = tuple((step, min(1.0, factor * fraction)) for step, fraction in LAZYMAR.kept_fractions)
-    return replace(EARLY_PRUNING, kept_fractions=fractions, min_margin=int(factor * LAZYMAR.min_margin))
+    """The policy that keeps `factor` times the paper's fractions and margin of rows, and prunes early."""
+    fractions = tuple((step, min(1.0, factor * fraction)) for step, fraction in PAPER_POLICY.kept_fractions)
+    return replace(EARLY_PRUNING, kept_fractions=fractions, min_margin=int(factor * PAPER_POLICY.min_margin))
 
 
 ABLATIONS = {
@@ -53,7 +56,7 @@ ABLATIONS = {
             "token": _one_cache("token_cache"),
             "condition": _one_cache("condition_cache"),
             "head": _one_cache("head_cache"),
-            "all": LAZYMAR,
+            "all": PAPER_POLICY,
         },
     ),
     "refresh_interval": Ablation(
@@ -85,12 +88,15 @@ ABLATIONS = {
 
 
 def run_name(ablation: str, label: str) -> str:
-    """What the run and the result of one setting are called."""
+    """The name of the run of one setting: `ablation` and the setting's `label`, without blanks."""
     return f"{ablation}-{label}".replace(" ", "-")
 
 
 def choose_ablations(names: Sequence[str]) -> dict[str, Ablation]:
-    """The ablations of these names; ["all"] and ["none"] are two more. Raises InputError for an unknown name."""
+    """The ablations of the names that `--ablations` gives: ["all"], ["none"], or some of `ABLATIONS`.
+
+    Raises InputError for an unknown name.
+    """
     if names in (["all"], ["none"]):
         return dict(ABLATIONS) if names == ["all"] else {}
     for name in names:

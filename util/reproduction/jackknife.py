@@ -1,8 +1,9 @@
-"""How far a number that is measured on a set of images may be off by chance."""
+"""Standard errors of numbers that are measured on a set of images, such as FID: the jackknife over groups of images."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
@@ -18,24 +19,29 @@ class Spread(NamedTuple):
     error: float
 
 
-def groups_of_images(num_images: int, num_classes: int) -> np.ndarray:
-    """The group [num_images] of each image of a run, in which image i is of class i mod `num_classes`.
+def groups_of_images(labels: Sequence[int]) -> np.ndarray:
+    """Group number [N] of each image of a run, given the images' classes: those of each class take turns.
 
-    A group has as many images of each class as any other, up to one. Each image has a random seed of its own, so groups
-    of images are as independent as runs of several seeds.
+    All groups have the same number of images of each class, up to one. Each image has a random seed of its own, so
+    groups of images are as independent as runs with different seeds.
     """
-    return np.arange(num_images) // num_classes % GROUPS
+    seen: Counter[int] = Counter()
+    groups = []
+    for label in labels:
+        groups.append(seen[label] % GROUPS)
+        seen[label] += 1
+    return np.array(groups)
 
 
 def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarray) -> list[Spread]:
-    """What `measure` finds on all images, and how much that varies when each group of them in turn is left out.
+    """Measure numbers on all images, and how much they vary when each group of images in turn is left out.
 
     Args:
-        measure: numbers of the images of a mask [N].
+        measure: takes a mask [N] of images and returns the numbers measured on those.
         groups:  [N] the group of each image.
 
     Returns:
-        For each number its value on all images, and the jackknife's standard error, nan with a single group.
+        Each number's value on all images with the jackknife's standard error, nan if there is a single group.
     """
     values = measure(np.ones(len(groups), bool))
     numbers = np.unique(groups)
@@ -48,9 +54,9 @@ def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarr
 
 
 def difference(groups: Sequence[float], others: Sequence[float]) -> Spread:
-    """How much one mean is above another of the same groups of images, given each group's two means.
+    """Difference of two means over the same groups of images, given each group's mean of the one and of the other.
 
-    What the images have in common cancels: this is surer than the means themselves.
+    Its error is smaller than those of the means, because what the groups have in common cancels.
     """
     differences = np.array(groups) - np.array(others)
     error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan

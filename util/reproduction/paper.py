@@ -1,11 +1,15 @@
-"""Published figures, each with its source, for our own to stand beside."""
+"""The figures that papers publish, each with its source, to compare our own with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LAZYMAR = "arXiv 2503.12450"
-MAR = "arXiv 2406.11838"
+from models import CachePolicy
+
+# The two that the table compares for each model, by the name that it has everywhere: None is the baseline, MAR in full.
+METHODS: dict[str, CachePolicy | None] = {"baseline": None, "LazyMAR": CachePolicy()}
+LAZYMAR_PAPER = "arXiv 2503.12450"
+MAR_PAPER = "arXiv 2406.11838"
 PARAMETERS = {"mar_base": 208e6, "mar_large": 479e6, "mar_huge": 943e6}  # as the MAR paper has them
 
 
@@ -15,7 +19,7 @@ class PaperRow:
 
     gpu_seconds, cpu_seconds: per image, the former on an RTX 3090.
     tflops:                   per image, as the paper's table has them.
-    counted_tflops:           those of the authors' code by PyTorch's FlopCounterMode: matrix products, without the VAE.
+    counted_tflops:           of the authors' code, counted by PyTorch's FlopCounterMode: matmuls, without the VAE.
     """
 
     gpu_seconds: float
@@ -29,21 +33,25 @@ class PaperRow:
 
 TABLE = {  # (model, method)
     ("mar_base", "baseline"): PaperRow(0.47, 28.97, 15.49, 14.653, 1.00, 2.32, 281.1),
-    ("mar_base", "lazymar"): PaperRow(0.21, 11.08, 5.54, 5.285, 2.80, 2.45, 281.3),
+    ("mar_base", "LazyMAR"): PaperRow(0.21, 11.08, 5.54, 5.285, 2.80, 2.45, 281.3),
     ("mar_large", "baseline"): PaperRow(0.93, 59.66, 35.05, 33.070, 1.00, 1.82, 296.1),
-    ("mar_large", "lazymar"): PaperRow(0.40, 22.82, 12.52, 11.926, 2.80, 1.93, 297.4),
+    ("mar_large", "LazyMAR"): PaperRow(0.40, 22.82, 12.52, 11.926, 2.80, 1.93, 297.4),
     ("mar_huge", "baseline"): PaperRow(1.74, 116.61, 69.06, 65.177, 1.00, 1.59, 299.1),
-    ("mar_huge", "lazymar"): PaperRow(0.75, 43.12, 24.38, 23.601, 2.83, 1.69, 299.2),
+    ("mar_huge", "LazyMAR"): PaperRow(0.75, 43.12, 24.38, 23.601, 2.83, 1.69, 299.2),
 }
 
 
 @dataclass(frozen=True)
 class OtherMethod:
-    """Another training-free method on MAR-H, as its own paper states it. `fid` is None where only speed is given."""
+    """Another training-free method on MAR-H, as its own paper states it.
+
+    speed_up: from, to.
+    fid:      None where the paper gives the speed-up alone.
+    """
 
     name: str
     source: str
-    speed_up: tuple[float, float]  # from, to
+    speed_up: tuple[float, float]
     fid: float | None
     note: str
 

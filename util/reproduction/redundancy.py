@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import MAR, CachePolicy, ImageNoise, sample_tokens
-from models.lazymar.plan import Step, make_plan
+from models.lazymar.plan import Plan, Step, make_plan
+from util.reproduction.results import Band, Redundancy
+from util.runs.options import labels_of_images
 
-MAX_DISTANCE = CachePolicy().refresh_interval  # steps over which differences are compared
+MAX_DISTANCE = CachePolicy().refresh_interval  # steps over which the difference between the branches is compared
 ROW_GROUPS = ("predicted at the step before", "predicted at this step", "all others")
 
 
 class Features(NamedTuple):
-    """A step of the baseline. Rows are [buffer | tokens in the order of prediction].
+    """Features of all rows at one step of the baseline. Rows are [buffer | tokens in the order of prediction].
 
-    values: of the decoder block that LazyMAR prunes at, conditional half, [B, R, heads, head_dim].
-    output: of the last decoder block, conditional half first, [2B, R, D].
+    values: of the decoder block that LazyMAR prunes at, conditional branch, [B, R, heads, head_dim].
+    output: of the last decoder block, conditional branch first, [2B, R, D].
     """
 
     step: Step
@@ -29,8 +31,50 @@ class Features(NamedTuple):
     output: Tensor
 
 
-def trace(model: MAR, class_labels: Tensor, plan: list[Step], tokens: Tensor, order: Tensor, layer: int) -> Iterator:
-    """The `Features` of each step of a finished run.
+@torch.inference_mode()
+def measure_redundancy(
+    model: MAR, *, num_images: int, seed: int, cfg: float, num_iter: int = 64, num_sampling_steps: int = 100
+) -> Redundancy:
+    """Sample images 0, 1, ... of classes 0, 1, ... with the baseline, and compare each step with those before."""
+    device = model.mask_token.device
+    labels = torch.tensor(labels_of_images(range(num_images), model.class_num), device=device)
+    noise = ImageNoise(model, seed, range(num_images), num_sampling_steps, device)
+    settings = {"num_iter": num_iter, "cfg": cfg, "num_sampling_steps": num_sampling_steps}
+    tokens = model.patchify(sample_tokens(model, labels, noise=noise, **settings)).to(model.mask_token.dtype)
+    order = noise.orders.to(device).flip(1)
+    tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+    plan = make_plan(model.seq_len, model.buffer_size, num_iter=num_iter, cfg=cfg, policy=None)
+    layer = min(CachePolicy().prune_layer, len(model.decoder_blocks) - 1)
+
+    values, output = ({group: [] for group in ROW_GROUPS} for _ in range(2))  # tensors, one for each step
+    by_distance: dict[int, list[Changes]] = defaultdict(list)
+    earlier: deque[Features] = deque(maxlen=MAX_DISTANCE)  # the latest first
+    for features in trace(model, labels, plan, tokens, order, layer):
+        if earlier:
+            similar_values, similar_output = similarities(features, earlier[0])
+            for group, rows in zip(ROW_GROUPS, row_groups(features.step, model.buffer_size, len(similar_output[0]))):
+                values[group].append(similar_values[:, rows])
+                output[group].append(similar_output[:, rows])
+        for distance, before in enumerate(earlier, start=1):
+            by_distance[distance].append(changes(features, before, model.buffer_size))
+        earlier.appendleft(features)
+
+    at_each_distance = [Changes(*map(torch.cat, zip(*found))) for found in by_distance.values()]
+    return Redundancy(
+        num_images=num_images,
+        layer=layer,
+        steps=list(range(1, num_iter)),
+        distances=list(by_distance),
+        values={group: band(steps) for group, steps in values.items()},
+        output={group: band(steps) for group, steps in output.items()},
+        **{name: band(getattr(found, name) for found in at_each_distance) for name in Changes._fields},
+    )
+
+
+def trace(
+    model: MAR, class_labels: Tensor, plan: Plan, tokens: Tensor, order: Tensor, layer: int
+) -> Iterator[Features]:
+    """Compute the features of each step of a finished run.
 
     A step sees nothing but the tokens that were predicted before it, so its features can be had afterwards.
 
@@ -50,99 +94,62 @@ def trace(model: MAR, class_labels: Tensor, plan: list[Step], tokens: Tensor, or
         for number, block in enumerate(model.decoder_blocks):
             queries, keys, values = block.attn.queries_keys_values(block.norm1(x))
             if number == layer:
-                kept_values = block.attn.split_heads(values[: len(class_labels)])
+                values_of_layer = block.attn.split_heads(values[: len(class_labels)])
             x = block.finish(x, queries, keys, values)
-        yield Features(step, kept_values, x)
+        yield Features(step, values_of_layer, x)
 
 
-class Band:
-    """A number by step or distance: its mean, and the range that holds the middle 80 % of what was seen."""
+def similarities(now: Features, before: Features) -> tuple[Tensor, Tensor]:
+    """Cosine similarity [B, R] of each row to itself at another step: of its values, averaged over heads, and of its
+    output; conditional branch."""
+    output, earlier_output = now.output.chunk(2)[0], before.output.chunk(2)[0]
+    return (
+        F.cosine_similarity(now.values, before.values, dim=-1).mean(dim=-1),
+        F.cosine_similarity(output, earlier_output, dim=-1),
+    )
 
-    def __init__(self) -> None:
-        self.mean: list[float] = []
-        self.low: list[float] = []
-        self.high: list[float] = []
 
-    def add(self, values: Tensor) -> None:
+def row_groups(step: Step, buffer_size: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks [R] of the rows of each of `ROW_GROUPS`."""
+    rows = torch.arange(num_rows) - buffer_size
+    predicted_before = (step.previous <= rows) & (rows < step.start)
+    predicted_now = (step.start <= rows) & (rows < step.stop)
+    return predicted_before, predicted_now, ~(predicted_before | predicted_now)
+
+
+class Changes(NamedTuple):
+    """How the branches of an earlier step differ from those at the rows that this step predicts, see `Redundancy`: one
+    number for each row."""
+
+    similarity: Tensor
+    change: Tensor
+    error_difference: Tensor
+    error_output: Tensor
+
+
+def changes(now: Features, before: Features, buffer_size: int) -> Changes:
+    """Compare the branches of two steps at the rows that the later one, `now`, predicts."""
+    predicted = slice(buffer_size + now.step.start, buffer_size + now.step.stop)
+    conditional, unconditional = now.output[:, predicted].chunk(2)
+    old_conditional, old_unconditional = before.output[:, predicted].chunk(2)
+    difference, old_difference = unconditional - conditional, old_unconditional - old_conditional
+    change = (difference - old_difference).norm(dim=-1)
+    norm = unconditional.norm(dim=-1)
+    return Changes(
+        similarity=F.cosine_similarity(difference, old_difference, dim=-1).flatten(),
+        change=(change / difference.norm(dim=-1)).flatten(),
+        error_difference=(change / norm).flatten(),
+        error_output=((unconditional - old_unconditional).norm(dim=-1) / norm).flatten(),
+    )
+
+
+def band(many: Iterable[Tensor]) -> Band:
+    """The mean and the middle 80 % of each of `many` tensors."""
+    means, lows, highs = [], [], []
+    for values in many:
         values = values.float().flatten()
         low, high = values.quantile(torch.tensor([0.1, 0.9], device=values.device)).tolist()
-        self.mean.append(values.mean().item())
-        self.low.append(low)
-        self.high.append(high)
-
-
-@torch.inference_mode()
-def measure_redundancy(
-    model: MAR, *, num_images: int, seed: int, cfg: float, num_iter: int = 64, num_sampling_steps: int = 100
-) -> dict:
-    """Similarities between steps of the baseline, over a few images of the model; images are of classes 0, 1, ...
-
-    Returns:
-        steps:      those compared with the one before, 1 to num_iter - 1.
-        layer:      the decoder block of `values`, where LazyMAR compares rows.
-        values:     by group of rows (`ROW_GROUPS`), the cosine similarity of a row's values, averaged over heads.
-        output:     likewise, of the last block's output.
-        distances:  of the steps compared, 1 to `MAX_DISTANCE`.
-        difference: of the last block's output difference between the halves, at the rows predicted at the later step,
-                    by distance: "cosine" similarity and relative "change" (norm of the change by that of the later).
-        error:      of the unconditional half there, relative to its norm, if "difference reused" is added to the
-                    conditional half, and if the "output reused" is its own of the earlier step.
-
-    Each is a `Band`'s mean, low and high.
-    """
-    device = model.mask_token.device
-    labels = torch.arange(num_images, device=device) % model.class_num
-    noise = ImageNoise(model, seed, range(num_images), num_sampling_steps, device)
-    settings = {"num_iter": num_iter, "cfg": cfg, "num_sampling_steps": num_sampling_steps}
-    tokens = model.patchify(sample_tokens(model, labels, noise=noise, **settings)).to(model.mask_token.dtype)
-    order = noise.orders.to(device).flip(1)
-    tokens = tokens.gather(1, order[..., None].expand_as(tokens))
-    plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, "linear", None)
-    layer = min(CachePolicy().prune_layer, len(model.decoder_blocks) - 1)
-
-    values, output = ({group: Band() for group in ROW_GROUPS} for _ in range(2))
-    compared = {"difference": ("cosine", "change"), "error": ("difference reused", "output reused")}
-    seen = [{kind: [] for kinds in compared.values() for kind in kinds} for _ in range(MAX_DISTANCE)]
-    earlier: deque[Features] = deque(maxlen=MAX_DISTANCE)  # the latest first
-    for features in trace(model, labels, plan, tokens, order, layer):
-        step, (conditional, unconditional) = features.step, features.output.chunk(2)
-        if earlier:
-            before = earlier[0]
-            last, current = (slice(model.buffer_size + start, model.buffer_size + stop) for start, stop in
-                             ((step.previous, step.start), (step.start, step.stop)))  # fmt: skip
-            others = torch.ones(conditional.shape[1], dtype=torch.bool, device=device)
-            others[last] = others[current] = False
-            by_row = {
-                "values": F.cosine_similarity(features.values, before.values, dim=-1).mean(dim=-1),
-                "output": F.cosine_similarity(conditional, before.output[:num_images], dim=-1),
-            }
-            for name, bands in (("values", values), ("output", output)):
-                for group, rows in zip(ROW_GROUPS, (last, current, others)):
-                    bands[group].add(by_row[name][:, rows])
-            for kinds, then in zip(seen, earlier):
-                old_conditional, old_unconditional = then.output.chunk(2)
-                change_of_output = (unconditional - old_unconditional)[:, current].norm(dim=-1)
-                difference = (unconditional - conditional)[:, current]
-                old_difference = (old_unconditional - old_conditional)[:, current]
-                change = (difference - old_difference).norm(dim=-1)
-                norm = unconditional[:, current].norm(dim=-1)
-                kinds["cosine"].append(F.cosine_similarity(difference, old_difference, dim=-1).flatten())
-                kinds["change"].append((change / difference.norm(dim=-1)).flatten())
-                kinds["difference reused"].append((change / norm).flatten())
-                kinds["output reused"].append((change_of_output / norm).flatten())
-        earlier.appendleft(features)
-
-    by_distance = {name: {kind: Band() for kind in kinds} for name, kinds in compared.items()}
-    for bands in by_distance.values():
-        for kind, band in bands.items():
-            for kinds in seen[: num_iter - 1]:
-                band.add(torch.cat(kinds[kind]))
-    return {
-        "num_images": num_images,
-        "layer": layer,
-        "steps": list(range(1, num_iter)),
-        "values": {group: vars(band) for group, band in values.items()},
-        "output": {group: vars(band) for group, band in output.items()},
-        "distances": list(range(1, min(MAX_DISTANCE, num_iter - 1) + 1)),
-        **{name: {kind: vars(band) for kind, band in kinds.items()} for name, kinds in by_distance.items()},
-    }
+        means.append(values.mean().item())
+        lows.append(low)
+        highs.append(high)
+    return Band(means, lows, highs)

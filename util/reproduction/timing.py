@@ -1,17 +1,25 @@
-"""How long sampling takes, from one batch or from its first steps."""
+"""How long sampling takes, in full or extrapolated from its first steps, and how fast a device multiplies matrices."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from models import MAR, CachePolicy, ImageNoise, Sampler, cast_model, create_model, pack_linear_layers
+from models import Sampler
 from models.lazymar.flops import Flops
+from models.lazymar.plan import Step
+from util.runs.options import labels_of_images
 
-GPU_BATCHES = 3  # the first one loads kernels, the second records graphs, the third is timed
+SLOW_MATMUL_SECONDS = 0.1  # no larger ones are timed then
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -25,15 +33,15 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype) -> MAR:
-    """A model with random weights, on which speed does not depend, as ready for sampling as a loaded one."""
-    return pack_linear_layers(cast_model(create_model(name), dtype).to(device))
+# Sampling
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds that a batch takes to sample, without decoding; `timed_steps` of `num_iter` steps were timed, and the
-    rest estimated by its operations."""
+    """Seconds that a batch takes to sample, without decoding.
+
+    `timed_steps` of `num_iter` steps were timed, and the others are estimated by their FLOPs.
+    """
 
     seconds: float
     timed_steps: int
@@ -43,35 +51,75 @@ class Latency:
     def how(self) -> str:
         if self.timed_steps == self.num_iter:
             return "timed in full"
-        return f"extrapolated by operations from the first {self.timed_steps} of {self.num_iter} steps"
+        return f"extrapolated by FLOPs from the first {self.timed_steps} of {self.num_iter} steps"
+
+
+class _TimeIsUp(Exception):
+    pass
 
 
 def time_sampling(
-    model: MAR,
-    batch_size: int,
-    flops: Sequence[Flops],
-    *,
-    num_iter: int,
-    cfg: float,
-    num_sampling_steps: int,
-    cache: CachePolicy | None,
-    seconds: float,
+    sampler: Sampler, batch_size: int, flops_per_step: Sequence[Flops] = (), limit: float = math.inf
 ) -> Latency:
-    """Time one batch, but no longer than about so many `seconds` on a CPU. `flops` are those of each step."""
-    device = model.mask_token.device
-    sampler = Sampler(model, num_iter=num_iter, cfg=cfg, num_sampling_steps=num_sampling_steps, cache=cache)
-    labels = torch.arange(batch_size) % model.class_num
-    noise = ImageNoise(model, 0, range(batch_size), num_sampling_steps, device)
-    if device.type == "cuda":
-        elapsed = [timed(lambda: sampler(labels, noise), device) for _ in range(GPU_BATCHES)]
-        return Latency(elapsed[-1], num_iter, num_iter)
-    side = model.grid_size * model.patch_size
-    latents = torch.empty(batch_size, model.vae_embed_dim, side, side, dtype=sampler.dtype)
-    next(sampler.steps(labels, noise, latents))  # packs the weights, which a run does once
-    start, done = time.perf_counter(), 0
-    for _ in sampler.steps(labels, noise, latents):
-        done, elapsed = done + 1, time.perf_counter() - start
-        if elapsed > seconds:
-            break
-    operations = [step.total for step in flops]
-    return Latency(elapsed * sum(operations) / sum(operations[:done]), done, num_iter)
+    """Time a batch of images 0, 1, ... of classes 0, 1, ..., after `Sampler.warm_up`.
+
+    On a CPU it is ended after the step in which `limit` seconds are over, and the others are estimated by
+    `flops_per_step`; a GPU is not interrupted.
+    """
+    labels = torch.tensor(labels_of_images(range(batch_size), sampler.model.class_num))
+    done: list[Step] = []
+
+    def on_step(step: Step) -> None:
+        done.append(step)
+        if sampler.device.type == "cpu" and time.perf_counter() - start > limit:
+            raise _TimeIsUp
+
+    def batch() -> None:
+        with contextlib.suppress(_TimeIsUp):
+            sampler(labels, on_step=on_step)
+
+    start = time.perf_counter()
+    seconds = timed(batch, sampler.device)
+    flops = [step.total for step in flops_per_step]
+    if 0 < len(done) < len(flops):
+        seconds *= sum(flops) / sum(flops[: len(done)])
+    return Latency(seconds, len(done), len(sampler.plan))
+
+
+# The device
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large square matmuls, the best of a few: of smaller ones where the dtype makes these slow."""
+    size, largest = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        seconds = min(timed(partial(torch.matmul, a, b), device) for _ in range(8))
+        if size == largest or seconds > SLOW_MATMUL_SECONDS:
+            return 2 * size**3 / seconds
+        size *= 2
+
+
+def gpu_peak(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that PyTorch takes during a call, beyond those that it had taken before.
+
+    Taken, not in use: captured graphs keep theirs, and a replay is not seen to use any.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    timed(run, device)
+    return torch.cuda.max_memory_reserved(device) - before
+
+
+def cpu_peak() -> int:
+    """The most bytes that this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def profiled(run: Callable[[], object], device: torch.device) -> str:
+    """A table of the operators that take longest during a call."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        timed(run, device)
+    return profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15)

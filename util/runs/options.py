@@ -1,10 +1,9 @@
-"""What `eval.py` can be asked for: the options, their flags, and what is wrong with them."""
+"""The options of an evaluation: their flags, their defaults, and the check of what was asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch
 
 from models import MAR, PRESETS, CachePolicy, Preset, create_model
 from models.lazymar.flops import Flops, flops_per_step
-from models.lazymar.plan import CFG_SCHEDULES, make_plan
+from models.lazymar.plan import CFG_SCHEDULES, Plan, make_plan
 from models.lazymar.sampler import SAMPLER_VERSION
-from util.cli import Parser, add_policy_flags, numbers, read_policy
+from util.cli import Parser, check_ranges, flag
 from util.errors import InputError
 from util.machine import DTYPES, ROOT, dtype_name
 
@@ -30,30 +29,66 @@ def labels_of_images(indices: Iterable[int], num_classes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Options:
-    """What to generate and how; the defaults are the paper's. `check` replaces each None that has a default."""
+    """The settings of an evaluation; the defaults are the paper's. `check` replaces each None that has a default."""
 
-    model: str = "mar_huge"
-    num_images: int = 50_000
-    class_labels: tuple[int, ...] | None = None  # one image of each instead of `num_images` of all classes, no scores
-    eval_bsz: int = 128
-    num_iter: int = 64
-    cfg: float | None = None
-    cfg_schedule: str = "linear"
-    temperature: float = 1.0
-    num_sampling_steps: int = 100
-    seed: int = 0
+    model: str = flag("mar_huge", "model to sample from; it brings its network, weights and CFG scale", choices=PRESETS)
+    num_images: int = flag(50_000, "images to generate; every class gets the same number, up to one", minimum=1)
+    class_labels: tuple[int, ...] | None = flag(
+        None, "generate one image of each of these classes instead, without scores, e.g. 207,360", metavar="CLASS,..."
+    )
+    eval_bsz: int = flag(128, "batch size: images that each process samples at a time", minimum=1)
+    num_iter: int = flag(64, "autoregressive steps: at least 1, at most the number of tokens")
+    cfg: float | None = flag(
+        None,
+        "CFG (classifier-free guidance) scale: at least 1, which is no guidance",
+        metavar="SCALE",
+        default_text="the model's in the paper",
+    )
+    cfg_schedule: str = flag(
+        "linear",
+        "whether the CFG scale rises with the number of known tokens or is constant",
+        choices=CFG_SCHEDULES,
+    )
+    temperature: float = flag(1.0, "scale of the noise that the diffusion head adds at each denoising step", minimum=0)
+    num_sampling_steps: int = flag(100, "denoising steps of the diffusion head", minimum=2, maximum=1000)
+    seed: int = flag(0, "seed; with an image's number, it decides everything random about the image", minimum=0)
     cache: CachePolicy | None = None  # None: the baseline
-    device: str = "auto"
-    dtype: str = "auto"
-    cuda_graphs: bool = True
-    resume: Path | None = None  # MAR's weights
-    vae_path: Path | None = None
-    statistics: Path | None = None
-    inception_weights: Path | None = None
-    output_dir: Path | None = None
-    save_images: bool = True  # False: those of the image grid alone
-    score: bool = True
-    overwrite: bool = False
+    device: str = flag("auto", "where to compute; auto is a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag(
+        "auto",
+        "dtype of weights and activations; auto is bfloat16 on GPUs and on CPUs that compute in it, float32 on others",
+        choices=("auto", *DTYPES),
+    )
+    cuda_graphs: bool = flag(True, "capture each step as a CUDA graph and replay it for later batches; GPUs alone")
+    resume: Path | None = flag(
+        None,
+        "MAR's weights: a file, or a folder that holds checkpoint-last.pth",
+        default_text="the model's, in pretrained_models",
+    )
+    vae_path: Path | None = flag(
+        None, "the VAE's weights", metavar="FILE", default_text="the model's, in pretrained_models"
+    )
+    statistics: Path | None = flag(
+        None,
+        "mean and covariance of the real images that FID compares with (.npz)",
+        metavar="FILE",
+        default_text="the model's, in pretrained_models",
+    )
+    inception_weights: Path | None = flag(
+        None,
+        "weights of torch-fidelity's Inception network",
+        metavar="FILE",
+        default_text="PyTorch's hub folder, downloaded if missing",
+    )
+    output_dir: Path | None = flag(
+        None,
+        "folder of this run; the same command continues a run that was cut off",
+        metavar="FOLDER",
+        default_text="output/ and a name made of the settings",
+    )
+    save_images: bool = flag(True, "write every image as a PNG; if off, only those of the image grid")
+    score: bool = flag(True, "compute FID and Inception Score; if off, no statistics are needed")
+    overwrite: bool = flag(False, "delete the run that --output_dir holds, and start anew")
 
     @property
     def preset(self) -> Preset:
@@ -73,6 +108,19 @@ class Options:
     def flops(self) -> list[Flops]:
         """The FLOPs of each step of sampling one image."""
         return _flops(self)
+
+    @property
+    def plan(self) -> Plan:
+        """What each step computes. Raises ValueError, naming the setting, for one that is out of range."""
+        return make_plan(
+            self.meta_model.seq_len,
+            self.meta_model.buffer_size,
+            num_iter=self.num_iter,
+            cfg=self.preset.cfg if self.cfg is None else self.cfg,
+            cfg_schedule=self.cfg_schedule,
+            num_sampling_steps=self.num_sampling_steps,
+            policy=self.cache,
+        )
 
     def labels(self) -> Sequence[int]:
         """The class of each image."""
@@ -109,16 +157,10 @@ def check(options: Options) -> Options:
         if not options.class_labels or not all(0 <= label < model.class_num for label in options.class_labels):
             raise InputError(f"--class_labels must be classes of {options.model}, from 0 to {model.class_num - 1}")
         options = dataclasses.replace(options, num_images=len(options.class_labels), score=False)
-    ranges = {"num_images": (1, math.inf), "eval_bsz": (1, math.inf), "num_sampling_steps": (2, 1000)}
-    for name, (least, most) in {**ranges, "seed": (0, math.inf)}.items():
-        if not least <= getattr(options, name) <= most:
-            allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise InputError(f"--{name} must be {allowed}, not {getattr(options, name)}")
-    if not 0 <= options.temperature < math.inf:
-        raise InputError(f"--temperature must be a finite number of at least 0, not {options.temperature}")
+    check_ranges(options)
     cfg = preset.cfg if options.cfg is None else options.cfg
     try:
-        make_plan(model.seq_len, model.buffer_size, options.num_iter, cfg, options.cfg_schedule, options.cache)
+        options.plan  # noqa: B018
     except ValueError as error:
         raise InputError(f"--{error}") from None
     if options.cache is not None and options.cache.prune_layer >= len(model.decoder_blocks):
@@ -128,7 +170,7 @@ def check(options: Options) -> Options:
     if options.inception_weights and preset.features != "inception":
         raise InputError(f"--inception_weights is not for {options.model}, which a classifier of its own scores")
 
-    images = options.num_images
+    images = str(options.num_images)
     if options.class_labels is not None:
         images = "classes-" + "-".join(map(str, options.class_labels[:8]))
     name = f"{options.model}{'-lazy' * bool(options.cache)}-iter{options.num_iter}-cfg{cfg:g}-{images}"
@@ -142,35 +184,24 @@ def check(options: Options) -> Options:
     )
 
 
-def parse_options(description: str, arguments: Sequence[str] | None = None) -> Options:
-    """The options of a command line.
+def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
+    """Read the options from a command line.
 
-    Raises InputError for flags that are unknown, or whose values cannot be read.
+    Raises InputError for unknown flags, for values that cannot be read, and for a policy's flag without --lazy_mar.
     """
-    parser = Parser(description)
-    add, default = parser.add_argument, Options
-    add("--model", default=default.model, choices=PRESETS)
-    add("--num_images", type=int, default=default.num_images, help="the same number of each class, up to one")
-    add("--class_labels", type=numbers, help="make one image of each of these classes instead, e.g. 207,360")
-    add("--eval_bsz", type=int, default=default.eval_bsz, help="images that a process samples together")
-    add("--num_iter", type=int, default=default.num_iter, help="autoregressive steps, at most the number of tokens")
-    add("--cfg", type=float, help="guidance scale; 1: none (default: the model's)")
-    add("--cfg_schedule", default=default.cfg_schedule, choices=CFG_SCHEDULES)
-    add("--temperature", type=float, default=default.temperature, help="scales the noise of the diffusion head")
-    add("--num_sampling_steps", type=int, default=default.num_sampling_steps, help="denoising steps of the head")
-    add("--seed", type=int, default=default.seed, help="with an image's number, decides all that is random about it")
-    add("--device", default=default.device, choices=("auto", "cpu", "cuda"))
-    add("--dtype", default=default.dtype, choices=("auto", *DTYPES))
-    parser.add_switch("cuda_graphs", default.cuda_graphs, "on a GPU, record each step once and replay it")
-    add("--resume", type=Path, help="the model's weights: a file, or a folder with checkpoint-last.pth")
-    add("--vae_path", type=Path, help="the VAE's weights")
-    add("--statistics", type=Path, help="mu and sigma of the images that FID compares with (.npz)")
-    add("--inception_weights", type=Path, help="torch-fidelity's file, where it cannot be downloaded")
-    add("--output_dir", type=Path, help="of this run (default: output/ and a name made of the settings)")
-    add("--overwrite", action="store_true", help="delete the run that --output_dir holds")
-    parser.add_switch("save_images", default.save_images, "write PNGs; --no-save_images: only the contact sheet's")
-    parser.add_switch("score", default.score, "compute FID and Inception Score; --no-score needs no statistics")
-    add_policy_flags(parser)
+    parser = Parser(description, usage="%(prog)s [flags]")
+    parser.add_fields(Options)
+    group = parser.add_argument_group("LazyMAR", "what is cached, and for how long; the defaults are the paper's")
+    parser.add("--lazy_mar", bool, "sample with LazyMAR's caches; the flags below need it", group=group)
+    parser.add_fields(CachePolicy, only_if_given=True, group=group)
     given = vars(parser.parse_args(arguments))
-    names = [field.name for field in dataclasses.fields(Options) if field.name != "cache"]
-    return Options(cache=read_policy(given), **{name: given[name] for name in names})
+    names = [field.name for field in dataclasses.fields(CachePolicy)]
+    policy = {name: given.pop(name) for name in names if name in given}
+    if not given.pop("lazy_mar"):
+        if policy:
+            raise InputError(f"--{next(iter(policy))} is a setting of LazyMAR: give --lazy_mar too")
+        return Options(**given)
+    try:
+        return Options(cache=CachePolicy(**policy), **given)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None

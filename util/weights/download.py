@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import file_digest
 
@@ -235,17 +236,21 @@ def _host(remote: RemoteFile) -> str:
     return urllib.parse.urlsplit(remote.url).hostname
 
 
-@exits_cleanly
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m util.weights.download", description="Fetch public weights and reference statistics."
-    )
-    parser.add_argument("names", nargs="+", metavar="name", help=", ".join(FILES))
-    parser.add_argument("--output_dir", type=Path, default=Path(OUTPUT_DIR), help=f"default: {OUTPUT_DIR}")
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line. Raises InputError for what cannot be fetched."""
+    parser = Parser(__doc__, prog="python -m util.weights.download")
+    parser.add("names", str, f"what to fetch: {', '.join(FILES)}", nargs="+", metavar="NAME")
+    parser.add("--output_dir", Path, "folder to write to", default=Path(OUTPUT_DIR), metavar="FOLDER")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in FILES]
     if unknown:
         raise InputError(f"there is no download named {unknown[0]}; the names are {', '.join(FILES)}")
+    return options
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_args(arguments)
     for name in dict.fromkeys(options.names):
         path = options.output_dir / FILES[name].path
         if download(FILES[name], path):

@@ -1,4 +1,4 @@
-"""Models that are ready for sampling: `load_model` by name, with the weights that the presets say."""
+"""Models that are ready for sampling, by name: with the weights that the presets say, or with random ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,17 @@ def load_model(
     path, vae_path = weights or ROOT / PRESETS[name].checkpoint, vae_weights or ROOT / PRESETS[name].vae_path
     load_weights(model, path, what=name, device=device, identify=identify_model)
     load_weights(vae, vae_path, what="the VAE", device=device, ignore_prefixes=["loss."])
-    return pack_linear_layers(cast_model(model, dtype)), for_inference(vae, dtype)
+    return _ready(model, vae, dtype)
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[MAR, AutoencoderKL]:
+    """Make a model and its VAE with random weights, as ready as loaded ones: speed does not depend on the weights."""
+    return _ready(create_model(name).to(device), AutoencoderKL(**PRESETS[name].vae).to(device), dtype)
+
+
+def _ready(model: MAR, vae: AutoencoderKL, dtype: torch.dtype) -> tuple[MAR, AutoencoderKL]:
+    pack_linear_layers(cast_model(model, dtype))
+    return model, for_inference(vae, dtype)
 
 
 def identify_model(shapes: Mapping[str, Sequence[int]]) -> str | None:

@@ -1,0 +1,90 @@
+"""What an evaluation would cost: its plan, FLOPs, memory and time, without running it."""
+
+from __future__ import annotations
+
+import torch
+
+from models import MAR, Sampler
+from models.lazymar.flops import Flops
+from util.reproduction.ablations import ABLATED_MODEL
+from util.reproduction.paper import METHODS
+from util.reproduction.study import Study, missing_file
+from util.reproduction.timing import Latency, time_sampling
+from util.runs.memory import memory_needed
+from util.runs.options import Options
+from util.weights.models import random_model
+
+ESTIMATE_SECONDS = 5  # of sampling on a CPU; what takes longer is extrapolated
+
+
+def print_costs(study: Study, device: torch.device, dtype: torch.dtype, processes: int) -> None:
+    """Print what a study would compute, and how long that would take; write nothing."""
+    total, rates = 0.0, {}
+    for model in study.models:
+        for method, policy in METHODS.items():
+            options = study.options(model, policy)
+            latency, batch_size = time_batch(options, device, dtype)
+            seconds = latency.seconds / batch_size
+            print(describe(options, method, dtype), flush=True)
+            print(
+                f"  time        {seconds:.3f} s per image, {duration(seconds * options.num_images)} for one process "
+                f"(a batch of {batch_size}, random weights, {latency.how}; without decoding and scoring)"
+            )
+            if missing := missing_file(options):
+                print(f"  cannot run  {missing}", flush=True)
+            rates[model, method] = seconds / Flops.of_steps(options.flops).total
+            total += seconds * options.num_images
+    policies = {policy for *_, policy in study.settings()} - set(METHODS.values())
+    for policy in policies:
+        options = study.options(ABLATED_MODEL, policy)
+        total += rates[ABLATED_MODEL, "LazyMAR"] * Flops.of_steps(options.flops).total * options.num_images
+    if policies:
+        print(f"ablations: {len(policies)} further run(s) of {ABLATED_MODEL}, {study.num_compared} images each")
+    print(f"all together: about {duration(total / processes)} of sampling with {processes} process(es)")
+
+
+def time_batch(options: Options, device: torch.device, dtype: torch.dtype) -> tuple[Latency, int]:
+    """Time a batch with random weights, a small one on a CPU; returns its latency and its size."""
+    batch_size = options.eval_bsz if device.type == "cuda" else min(options.eval_bsz, 4)
+    return time_random_model(options, device, dtype, batch_size, ESTIMATE_SECONDS), batch_size
+
+
+def time_random_model(
+    options: Options, device: torch.device, dtype: torch.dtype, batch_size: int, limit: float
+) -> Latency:
+    """Time a batch of an evaluation with random weights, on a CPU for about `limit` seconds."""
+    sampler = Sampler(random_model(options.model, device, dtype)[0], **options.sampling)
+    sampler.warm_up(batch_size)
+    return time_sampling(sampler, batch_size, options.flops, limit)
+
+
+def describe(options: Options, method: str, dtype: torch.dtype) -> str:
+    """A paragraph on an evaluation: its plan, FLOPs, parameters and memory."""
+    model, flops = options.meta_model, Flops.of_steps(options.flops)
+    plan = options.plan
+    lazy = [step for step in plan if not step.refresh]
+    steps = f"{len(plan)} steps: {len(plan) - len(lazy)} in full, {len(lazy)} lazy"
+    if lazy:
+        steps += f" with {lazy[0].num_kept} at first and {lazy[-1].num_kept} at last of {plan.num_rows} rows"
+    parts = ", ".join(f"{part} {amount / 1e12:.3f}" for part, amount in flops._asdict().items())
+    weights, per_image = memory_needed(model, options.cfg, options.cache, dtype)
+    return (
+        f"{options.model}, {method}: {options.num_images:,} images in batches of {options.eval_bsz}\n"
+        f"  plan        {steps}\n"
+        f"  TFLOPs      {flops.total / 1e12:.3f} per image ({parts})\n"
+        f"  parameters  {num_parameters(model) / 1e6:.1f} M\n"
+        f"  memory      at least {(weights + per_image * options.eval_bsz) / 1e9:.3f} GB per process, "
+        f"{weights / 1e9:.3f} of it for weights"
+    )
+
+
+def num_parameters(model: MAR) -> int:
+    """The number of a model's parameters, on whatever device."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds in seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,116 @@
+"""What one command of `reproduce.py` asks for, and what each of its evaluations depends on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from models import CachePolicy
+from util.errors import InputError
+from util.files import file_digest
+from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
+from util.reproduction.paper import METHODS
+from util.reproduction.results import Inputs
+from util.runs.options import Options, check
+from util.scoring.scores import load_extractor
+
+ABLATION_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Study:
+    """The flags of `reproduce.py`, each by its name. None stands for a default that depends on the model."""
+
+    models: Sequence[str]
+    num_images: int | None
+    eval_bsz: int | None
+    num_iter: int
+    num_sampling_steps: int
+    seed: int
+    device: str
+    dtype: str
+    inception_weights: Path | None
+    ablations: Sequence[str]
+    ablation_images: int | None
+    output_dir: Path
+    overwrite: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Study:
+        """The study of a parsed command line. Raises InputError if there are fewer images than ablations compare."""
+        study = cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+        available = study.options(ABLATED_MODEL, None).num_images
+        if study.settings() and study.num_compared > available:
+            raise InputError(f"--ablation_images must be at most the {available} images of {ABLATED_MODEL}'s rows")
+        return study
+
+    @property
+    def num_compared(self) -> int:
+        """The images of each ablation that are compared with the baseline's."""
+        return self.ablation_images or min(ABLATION_IMAGES, self.options(ABLATED_MODEL, None).num_images)
+
+    def settings(self) -> list[tuple[str, str, CachePolicy]]:
+        """(ablation, label, policy) of each setting that is to be compared with the baseline."""
+        chosen = choose_ablations(self.ablations) if ABLATED_MODEL in self.models else {}
+        return [(name, label, policy) for name, kind in chosen.items() for label, policy in kind.policies.items()]
+
+    def options(self, model: str, policy: CachePolicy | None) -> Options:
+        """The options of the evaluation of a model with a policy, which is either one of the table's methods or a
+        setting of an ablation. A policy that several ablations have in common is evaluated once, under one name."""
+        is_official = model != ABLATED_MODEL
+        method = next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
+        if method is not None:
+            folder, num_images = Path(method.lower()), self.num_images or (50_000 if is_official else 2_000)
+        else:
+            names = (run_name(name, label) for name, kind in ABLATIONS.items() for label in kind.policies
+                     if kind.policies[label] == policy)  # fmt: skip
+            folder, num_images = Path("ablations", next(names)), self.num_compared
+        return check(
+            Options(
+                model=model,
+                num_images=num_images,
+                eval_bsz=self.eval_bsz or (128 if is_official else 25),
+                num_iter=self.num_iter,
+                num_sampling_steps=self.num_sampling_steps,
+                seed=self.seed,
+                cache=policy,
+                device=self.device,
+                dtype=self.dtype,
+                inception_weights=self.inception_weights if is_official else None,
+                output_dir=self.output_dir / model / folder,
+                overwrite=self.overwrite,
+            )
+        )
+
+
+def inputs_of(options: Options, device: torch.device, dtype: torch.dtype, *, files: bool = True) -> Inputs:
+    """What the result of an evaluation depends on; `files`: with the digests of its weights and statistics."""
+    paths = (options.resume, options.vae_path, options.statistics) if files else ()
+    settings = json.loads(json.dumps(options.settings(device, dtype)))  # as it will be read
+    return Inputs(settings, {str(path): _digest(path) for path in paths})
+
+
+@lru_cache
+def _digest(path: Path) -> str | None:
+    return file_digest(path) if path.is_file() else None
+
+
+def missing_file(options: Options) -> str | None:
+    """The file that an evaluation lacks, in words; None if it lacks nothing."""
+    files = {"weights": options.resume, "VAE": options.vae_path, "statistics": options.statistics}
+    for what, path in files.items():
+        if not path.exists():
+            return f"{what} missing: {path}"
+    if options.preset.features == "inception":
+        try:
+            load_extractor("inception", options.inception_weights)
+        except InputError as error:
+            return str(error)
+    return None
