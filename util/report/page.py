@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -40,7 +40,7 @@ ENVIRONMENT.globals.update(
     mar_paper=MAR_PAPER,
     other_methods=OTHER_METHODS,
 )
-CAPTIONS = ENVIRONMENT.get_template("captions.html").module
+CAPTIONS: Any = ENVIRONMENT.get_template("captions.html").module  # a function for each macro
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def render(findings: Findings) -> tuple[str, list[Picture]]:
         problems=problems(findings),
         labels=LABELS,
         rows=table_rows(findings),
-        baseline=findings.baseline and findings.baseline.result,
+        baseline=findings.baseline.result if findings.baseline else None,
         ablations=ablations,
         conditions=conditions(findings),
         **sections,
@@ -199,6 +199,8 @@ class AblationPart(NamedTuple):
 
 def ablation_parts(findings: Findings) -> Iterator[AblationPart]:
     """Each ablation of which something was measured."""
+    if findings.baseline is None:
+        return
     for name, records in findings.ablations.items():
         ablation, settings = ABLATIONS[name], [record.result for record in records.values()]
         paper_label = next(label for label, policy in ablation.policies.items() if policy == ablation.base)

@@ -45,7 +45,8 @@ def measure_redundancy(
     plan = make_plan(model.seq_len, model.buffer_size, num_iter, cfg, "linear", None)
     layer = min(CachePolicy().prune_layer, len(model.decoder_blocks) - 1)
 
-    values, output = ({group: [] for group in ROW_GROUPS} for _ in range(2))  # tensors, one for each step
+    values: dict[str, list[Tensor]] = {group: [] for group in ROW_GROUPS}  # a tensor for each step
+    output: dict[str, list[Tensor]] = {group: [] for group in ROW_GROUPS}
     by_distance: dict[int, list[Changes]] = defaultdict(list)
     earlier: deque[Features] = deque(maxlen=MAX_DISTANCE)  # the latest first
     for features in trace(model, labels, plan, tokens, order, layer):

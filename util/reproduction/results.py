@@ -118,7 +118,7 @@ class Row(Result):
         """Seconds per image, of the evaluation or else with random weights."""
         if self.evaluation is not None:
             return self.evaluation.seconds_per_image
-        return self.latency and self.latency.seconds
+        return None if self.latency is None else self.latency.seconds
 
     @property
     def is_timed(self) -> bool:
