@@ -1,4 +1,4 @@
-"""Fill in the paper's main table from the models at hand, with LazyMAR's ablations and what its caches live on.
+"""Fill in the paper's main table from the models at hand, vary LazyMAR's settings, and measure what its caches live on.
 
     torchrun --nproc_per_node=2 reproduce.py
     python reproduce.py --models mar_tiny --num_images 300 --ablation_images 100

@@ -170,7 +170,7 @@ def ablation(title: str, settings: Sequence[Comparison], baseline: Comparison, p
 
 @in_style
 def similarity_by_step(redundancy: Redundancy) -> Figure:
-    """How far rows are from themselves at the step before: 1 - cosine similarity."""
+    """Distance of rows from themselves at the step before, by step: 1 - cosine similarity."""
     figure, panels = draw(6.4, 2, sharex=True)
     titles = (f"Values of decoder block {redundancy.layer}", "Last decoder block's output")
     for axes, title, groups in zip(panels, titles, (redundancy.values, redundancy.output)):
@@ -190,7 +190,7 @@ def similarity_by_step(redundancy: Redundancy) -> Figure:
 
 @in_style
 def guidance_by_distance(redundancy: Redundancy) -> Figure:
-    """How the difference between the branches changes over steps, and what reusing it costs."""
+    """Change of the difference between the branches by the distance of steps, and the error of reusing it."""
     figure, panels = draw(8.2, 3, sharex=True)
     lines = [
         (panels[0], redundancy.similarity, VERMILION, None),

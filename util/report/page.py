@@ -1,4 +1,4 @@
-"""The report's page: what stands in each section. How that looks is in page.html and style.css."""
+"""Makes the report's page: the data and pictures of each section. Its text is in page.html and captions.html."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def small_model(findings: Findings) -> SmallModel | None:
 
 
 def problems(findings: Findings) -> list[str]:
-    """What the page lacks, a sentence each."""
+    """Sentences on what is not finished, not there or damaged."""
     unfinished = [words.row_title(*key) for key, record in findings.rows.items() if record.result.unfinished]
     for name in findings.ablations:
         if lacking := findings.lacking(name):
@@ -124,7 +124,7 @@ def problems(findings: Findings) -> list[str]:
 
 
 def conditions(findings: Findings) -> list[str]:
-    """What was measured on which machine, by which versions and when: a line for all results that have it in common."""
+    """Lines on the machine, versions and time of measurement: one for all results that have these in common."""
     lines: dict[str, list[tuple[str, str]]] = {}
     for name, record in findings.records().items():
         measured = record.conditions

@@ -89,7 +89,7 @@ def beside_paper(own: float | None, paper: float | None, digits: int) -> Cell:
 
 
 def remarks_on(record: Record[Row], images_made: int) -> list[str]:
-    """What keeps a row from being a final figure of the paper's setting, and notes on its scores."""
+    """Remarks on what keeps a row from being a final figure of the paper's setting, and on its scores."""
     row, remarks = record.result, []
     if row.unfinished:
         wanted = record.inputs.settings["num_images"]

@@ -1,4 +1,4 @@
-"""What one command of `reproduce.py` asks for, and what each of its evaluations depends on."""
+"""One command of `reproduce.py` as a list of evaluations, with the inputs of each."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Study:
 
 
 def inputs_of(options: Options, device: torch.device, dtype: torch.dtype, *, files: bool = True) -> Inputs:
-    """What the result of an evaluation depends on; `files`: with the digests of its weights and statistics."""
+    """The inputs of an evaluation's result, with digests of its weights and statistics unless not `files`."""
     paths = (options.resume, options.vae_path, options.statistics) if files else ()
     settings = json.loads(json.dumps(options.settings(device, dtype)))  # as it will be read
     return Inputs(settings, {str(path): _digest(path) for path in paths})
