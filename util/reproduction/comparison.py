@@ -19,7 +19,7 @@ def run_folder(options: Options) -> RunFolder:
 
 
 def is_whole(options: Options) -> bool:
-    """Whether an evaluation has come to its end, and each of its files is still there."""
+    """True if an evaluation has come to its end and each of its files is still there."""
     return (options.output_dir / "metrics.json").exists() and not run_folder(options).unfinished()
 
 
