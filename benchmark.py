@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured with each method."""
+    """One combination of flags; each method is measured in it."""
 
     model: str
     batch_size: int
@@ -76,7 +76,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement(Setting):
-    """One method in one setting. Seconds, FLOPs are per image.
+    """A method's measurement in a setting. Seconds and FLOPs are per image.
 
     seconds, fastest, slowest: of sampling; the first is the median run's.
     share_of_peak:             rate of sampling, relative to the measured rate of matmuls.

@@ -1,4 +1,4 @@
-"""Fill in the paper's main table from the models at hand, with LazyMAR's ablations and what its caches live on.
+"""Fill in the paper's main table from the models at hand, vary LazyMAR's settings, and measure what its caches live on.
 
     torchrun --nproc_per_node=2 reproduce.py
     python reproduce.py --models mar_tiny --num_images 300 --ablation_images 100
@@ -83,7 +83,7 @@ class Session:
         measure: Callable[[Evaluation | None], T],
         *,
         run: Options | None = None,
-        begun: T | None = None,
+        begun: Callable[[], T] | None = None,
         stands: Callable[[Record[T]], bool] | None = None,
     ) -> None:
         """Measure a result and write it, unless it is there. All ranks evaluate; rank 0 does everything else.
@@ -94,7 +94,7 @@ class Session:
             inputs:     what the result depends on, as it is now.
             measure:    makes the result, from the evaluation of `run` if there is one.
             run:        the evaluation that is needed.
-            begun:      what is written until that has come to its end.
+            begun:      makes what is written until that has come to its end.
             stands:     whether an earlier result is kept. By default it is if it is finished and was made of the same
                         inputs, and no file of its run is lost.
         """
@@ -118,7 +118,7 @@ class Session:
                     print(f"{title}: is there", flush=True)
                 return False
             if begun is not None:
-                write(begun)
+                write(begun())
             print(f"\n{title}:", flush=True)
             return True
 
@@ -133,12 +133,13 @@ def measure_row(session: Session, model: str, method: str) -> None:
     The FLOPs of a model that is not asked for are counted all the same.
     """
     options, is_wanted = session.study.options(model, METHODS[method]), model in session.study.models
-    title, not_run = f"{model}, {method}", "not among --models"
-    if is_wanted:
-        not_run = session.job.share(lambda: missing_file(options))
+    title = f"{model}, {method}"
+    not_run = session.job.share(lambda: missing_file(options)) if is_wanted else "not among --models"
     if not_run:
         title += ": no weights; timing one image with random ones" if is_wanted else ": counting FLOPs"
-    row = Row(model, method, num_parameters(options.meta_model), options.flops, not_run)
+
+    def row() -> Row:
+        return Row(model, method, num_parameters(options.meta_model), options.flops, not_run)
 
     def inputs() -> Inputs:
         return inputs_of(options, session.device, session.dtype, files=is_wanted)
@@ -146,16 +147,24 @@ def measure_row(session: Session, model: str, method: str) -> None:
     def measure(evaluation: Evaluation | None) -> Row:
         if is_wanted and not_run:
             latency = time_random_model(options, session.device, session.dtype, batch_size=1, limit=LATENCY_SECONDS)
-            return replace(row, latency=latency)
-        return replace(row, evaluation=evaluation)
+            return replace(row(), latency=latency)
+        return replace(row(), evaluation=evaluation)
 
     def stands_without_run(earlier: Record[Row]) -> bool:
         if is_wanted:
             return earlier.result.is_timed and earlier.inputs.settings == inputs().settings
         return earlier.result.is_timed or earlier.result.unfinished or earlier.inputs == inputs()
 
-    to_evaluate = {"stands": stands_without_run} if not_run else {"run": options, "begun": row}
-    session.measure_once(Row, Row.name(model, method), title, inputs, measure, **to_evaluate)
+    session.measure_once(
+        Row,
+        Row.name(model, method),
+        title,
+        inputs,
+        measure,
+        run=None if not_run else options,
+        begun=None if not_run else row,
+        stands=stands_without_run if not_run else None,
+    )
 
 
 def compare_policy(session: Session, ablation: str | None, label: str, policy: CachePolicy | None) -> None:
@@ -170,7 +179,9 @@ def compare_policy(session: Session, ablation: str | None, label: str, policy: C
 
     def compare(evaluation: Evaluation | None) -> Comparison:
         if method is not None:
-            evaluation = session.results.read(Row, Row.name(ABLATED_MODEL, method)).result.evaluation
+            row = session.results.read(Row, Row.name(ABLATED_MODEL, method))
+            evaluation = row.result.evaluation if row else None
+        assert evaluation is not None  # the table's rows come first
         return compare_with_baseline(options, baseline, study.num_compared, evaluation, ablation=ablation, label=label)
 
     name, title = Comparison.name(ablation, label), f"{ABLATED_MODEL}, {ablation or 'ablations'}: {label}"
@@ -184,9 +195,9 @@ def compare_steps(session: Session, model: str) -> None:
     def inputs() -> Inputs:
         return replace(inputs_of(options, session.device, session.dtype), num_images=REDUNDANCY_IMAGES)
 
-    def measure(_: None) -> Redundancy:
+    def measure(_: Evaluation | None) -> Redundancy:
         paths = {"weights": options.resume, "vae_weights": options.vae_path}
-        network, _ = load_model(model, session.device, torch.float32, **paths)
+        network = load_model(model, session.device, torch.float32, **paths)[0]
         return measure_redundancy(
             network,
             num_images=REDUNDANCY_IMAGES,

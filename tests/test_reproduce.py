@@ -493,6 +493,12 @@ def test_damaged_results_are_named_on_the_page(copy, capsys):
     assert "mar_tiny-redundancy.json is damaged" in capsys.readouterr().err
 
 
+def test_what_results_say_is_text_and_no_html(copy):
+    change(copy, "mar_huge-baseline", not_run="<script>alert(1)</script> & more")
+    text = make_page(copy)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text and "<script" not in text
+
+
 def test_a_report_of_nothing_is_refused(tmp_path, capsys):
     assert page.main(["--results", str(tmp_path)]) == 2
     assert "run reproduce.py first" in capsys.readouterr().err

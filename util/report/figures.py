@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -56,7 +56,7 @@ STYLE = {
 }
 
 
-def draw(height: float, rows: int = 1, **options: object) -> tuple[Figure, Sequence[Axes]]:
+def draw(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Sequence[Axes]]:
     """A figure of so many inches' height with its panels one below the other."""
     figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), squeeze=False, **options)
     return figure, axes[:, 0]
@@ -170,7 +170,7 @@ def ablation(title: str, settings: Sequence[Comparison], baseline: Comparison, p
 
 @in_style
 def similarity_by_step(redundancy: Redundancy) -> Figure:
-    """How far rows are from themselves at the step before: 1 - cosine similarity."""
+    """Distance of rows from themselves at the step before, by step: 1 - cosine similarity."""
     figure, panels = draw(6.4, 2, sharex=True)
     titles = (f"Values of decoder block {redundancy.layer}", "Last decoder block's output")
     for axes, title, groups in zip(panels, titles, (redundancy.values, redundancy.output)):
@@ -190,7 +190,7 @@ def similarity_by_step(redundancy: Redundancy) -> Figure:
 
 @in_style
 def guidance_by_distance(redundancy: Redundancy) -> Figure:
-    """How the difference between the branches changes over steps, and what reusing it costs."""
+    """Change of the difference between the branches by the distance of steps, and the error of reusing it."""
     figure, panels = draw(8.2, 3, sharex=True)
     lines = [
         (panels[0], redundancy.similarity, VERMILION, None),
@@ -265,7 +265,7 @@ def flops_by_part(rows: Mapping[str, Flops], baselines: Mapping[str, float]) -> 
         axes.barh(y, widths, left=left, color=PART_COLOURS[part], hatch=HATCHES[part], edgecolor="white", lw=0.5,
                   label=part, height=0.7)  # fmt: skip
         left += widths
-    for position, flops, end in zip(y, rows.values(), left):
+    for position, (flops, end) in enumerate(zip(rows.values(), left)):
         axes.text(end + 1, position, f"{flops.total / 1e12:.3g} T", va="center")
     axes.set_yticks(y, list(rows))
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""Everything that `reproduce.py` has left in a folder, read for the report."""
+"""Reads all results that `reproduce.py` has left in a folder, for the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's page: what stands in each section. How that looks is in page.html and style.css."""
+"""Makes the report's page: the data and pictures of each section. Its text is in page.html and captions.html."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -39,7 +39,7 @@ ENVIRONMENT.globals.update(
     mar_paper=MAR_PAPER,
     other_methods=OTHER_METHODS,
 )
-CAPTIONS = ENVIRONMENT.get_template("captions.html").module
+CAPTIONS: Any = ENVIRONMENT.get_template("captions.html").module  # a function for each macro
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def render(findings: Findings) -> tuple[str, list[Picture]]:
         problems=problems(findings),
         labels=LABELS,
         rows=table_rows(findings),
-        baseline=findings.baseline and findings.baseline.result,
+        baseline=findings.baseline.result if findings.baseline else None,
         ablations=ablations,
         conditions=conditions(findings),
         **sections,
@@ -111,7 +111,7 @@ def small_model(findings: Findings) -> SmallModel | None:
 
 
 def problems(findings: Findings) -> list[str]:
-    """What the page lacks, a sentence each."""
+    """Sentences on what is not finished, not there or damaged."""
     unfinished = [words.row_title(*key) for key, record in findings.rows.items() if record.result.unfinished]
     for name in findings.ablations:
         if lacking := findings.lacking(name):
@@ -123,7 +123,7 @@ def problems(findings: Findings) -> list[str]:
 
 
 def conditions(findings: Findings) -> list[str]:
-    """What was measured on which machine, by which versions and when: a line for all results that have it in common."""
+    """Lines on the machine, versions and time of measurement: one for all results that have these in common."""
     lines: dict[str, list[tuple[str, str]]] = {}
     for name, record in findings.records().items():
         measured = record.conditions
@@ -198,6 +198,8 @@ class AblationPart(NamedTuple):
 
 def ablation_parts(findings: Findings) -> Iterator[AblationPart]:
     """Each ablation of which something was measured."""
+    if findings.baseline is None:
+        return
     for name, records in findings.ablations.items():
         ablation, settings = ABLATIONS[name], [record.result for record in records.values()]
         paper_label = next(label for label, policy in ablation.policies.items() if policy == ablation.base)

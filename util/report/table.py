@@ -39,7 +39,7 @@ def table_rows(findings: Findings) -> list[TableRow]:
     for (model, method), record in findings.rows.items():
         baseline = findings.rows.get((model, "baseline"))
         remarks = remarks_on(record, findings.images_made(model, method))
-        rows.append(TableRow(cells(record.result, baseline and baseline.result), remarks))
+        rows.append(TableRow(cells(record.result, baseline.result if baseline else None), remarks))
     return rows
 
 
@@ -58,8 +58,12 @@ def cells(row: Row, baseline: Row | None) -> list[Cell]:
     counted = {"paper": paper.tflops, "code": paper.counted_tflops} if paper else {}
     return [
         Cell(row_title(row.model, row.method)),
-        beside_paper(evaluation and evaluation.fid, paper and paper.fid, 2),
-        beside_paper(evaluation and evaluation.inception_score, paper and paper.inception_score, 1 if paper else 2),
+        beside_paper(evaluation.fid if evaluation else None, paper.fid if paper else None, 2),
+        beside_paper(
+            evaluation.inception_score if evaluation else None,
+            paper.inception_score if paper else None,
+            1 if paper else 2,
+        ),
         Cell(
             "–" if row.seconds is None else f"{row.seconds:.3g}",
             details=[f"paper {paper.gpu_seconds:.2f} GPU, {paper.cpu_seconds:.1f} CPU"] if paper else (),
@@ -85,7 +89,7 @@ def beside_paper(own: float | None, paper: float | None, digits: int) -> Cell:
 
 
 def remarks_on(record: Record[Row], images_made: int) -> list[str]:
-    """What keeps a row from being a final figure of the paper's setting, and notes on its scores."""
+    """Remarks on what keeps a row from being a final figure of the paper's setting, and on its scores."""
     row, remarks = record.result, []
     if row.unfinished:
         wanted = record.inputs.settings["num_images"]

@@ -14,12 +14,12 @@ MODEL_NAMES = {"mar_base": "B", "mar_large": "L", "mar_huge": "H", "mar_tiny": "
 
 
 def network_name(method: str) -> str:
-    """What the paper calls a network that is sampled with a method: MAR or LazyMAR."""
+    """The paper's name for a network that is sampled with a method: MAR or LazyMAR."""
     return "MAR" if method == "baseline" else method
 
 
 def row_title(model: str, method: str) -> str:
-    """What a row is called: "LazyMAR-B" as in the paper, or "tiny, LazyMAR" for a model that is not there."""
+    """A row's title: "LazyMAR-B" as in the paper, or "tiny, LazyMAR" for a model that the paper does not have."""
     size = MODEL_NAMES[model]
     return f"{network_name(method)}-{size}" if (model, method) in TABLE else f"{size}, {method}"
 

@@ -11,6 +11,7 @@ from util.errors import InputError
 
 PAPER_POLICY = CachePolicy()
 ABLATED_MODEL = "mar_tiny"
+NO_CACHE = CachePolicy(token_cache=False, condition_cache=False, head_cache=False)
 EARLY_PRUNING = CachePolicy(prune_layer=0)
 WHY_EARLY = (
     "Rows are pruned in decoder block 0 here: behind the paper's block 3 mar_tiny has a single one, so that it hardly "
@@ -37,12 +38,6 @@ class Ablation:
         object.__setattr__(self, "policies", MappingProxyType(dict(self.policies)))
 
 
-def _one_cache(name: str) -> CachePolicy:
-    """The policy that uses one of the three caches alone."""
-    switches = dict.fromkeys(("token_cache", "condition_cache", "head_cache"), False)
-    return CachePolicy(**{**switches, name: True})
-
-
 def _kept(factor: float) -> CachePolicy:
     """The policy that keeps `factor` times the paper's fractions and margin of rows, and prunes early."""
     fractions = tuple((step, min(1.0, factor * fraction)) for step, fraction in PAPER_POLICY.kept_fractions)
@@ -53,9 +48,9 @@ ABLATIONS = {
     "caches": Ablation(
         "Caches in use",
         {
-            "token": _one_cache("token_cache"),
-            "condition": _one_cache("condition_cache"),
-            "head": _one_cache("head_cache"),
+            "token": replace(NO_CACHE, token_cache=True),
+            "condition": replace(NO_CACHE, condition_cache=True),
+            "head": replace(NO_CACHE, head_cache=True),
             "all": PAPER_POLICY,
         },
     ),

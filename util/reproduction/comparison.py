@@ -13,7 +13,7 @@ from util.scoring.scores import FEATURES_DIMS, Statistics, score
 
 
 def is_whole(options: Options) -> bool:
-    """Whether an evaluation has come to its end, and each of its files is still there."""
+    """True if an evaluation has come to its end and each of its files is still there."""
     return (options.output_dir / "metrics.json").exists() and not run_folder(options).unfinished()
 
 

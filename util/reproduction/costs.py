@@ -1,4 +1,4 @@
-"""What an evaluation would cost: its plan, FLOPs, memory and time, without running it."""
+"""The costs of an evaluation (plan, FLOPs, memory, time) that are known without running it."""
 
 from __future__ import annotations
 

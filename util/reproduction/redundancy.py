@@ -1,4 +1,4 @@
-"""How much of one step of the baseline is in the steps before: what LazyMAR's caches live on, measured on a model."""
+"""Measures how similar the steps of the baseline are to those before, which is what LazyMAR's caches live on."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def measure_redundancy(
     plan = make_plan(model.seq_len, model.buffer_size, num_iter=num_iter, cfg=cfg, policy=None)
     layer = min(CachePolicy().prune_layer, len(model.decoder_blocks) - 1)
 
-    values, output = ({group: [] for group in ROW_GROUPS} for _ in range(2))  # tensors, one for each step
+    values: dict[str, list[Tensor]] = {group: [] for group in ROW_GROUPS}  # a tensor for each step
+    output: dict[str, list[Tensor]] = {group: [] for group in ROW_GROUPS}
     by_distance: dict[int, list[Changes]] = defaultdict(list)
     earlier: deque[Features] = deque(maxlen=MAX_DISTANCE)  # the latest first
     for features in trace(model, labels, plan, tokens, order, layer):
@@ -118,8 +119,10 @@ def row_groups(step: Step, buffer_size: int, num_rows: int) -> tuple[Tensor, Ten
 
 
 class Changes(NamedTuple):
-    """How the branches of an earlier step differ from those at the rows that this step predicts, see `Redundancy`: one
-    number for each row."""
+    """Differences between the branches of two steps, one number for each row that the later step predicts.
+
+    The fields are explained in `Redundancy`, whose fields of the same names summarise them by distance.
+    """
 
     similarity: Tensor
     change: Tensor

@@ -34,7 +34,7 @@ T = TypeVar("T", bound="Result")
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured, by the names of its fields. A result holds nothing that JSON cannot."""
+    """Base of the results: dataclasses whose fields hold nothing that JSON cannot."""
 
     @classmethod
     def from_json(cls: type[T], content: dict[str, Any]) -> T:
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the evaluation that this result waits for has not come to its end."""
+        """True while the evaluation that this result is for has not come to its end."""
         return False
 
 
@@ -111,6 +111,7 @@ class Row(Result):
 
     @property
     def flops(self) -> Flops:
+        """FLOPs of one image, by part."""
         return Flops.of_steps(self.flops_per_step)
 
     @property
@@ -118,10 +119,11 @@ class Row(Result):
         """Seconds per image, of the evaluation or else with random weights."""
         if self.evaluation is not None:
             return self.evaluation.seconds_per_image
-        return self.latency and self.latency.seconds
+        return None if self.latency is None else self.latency.seconds
 
     @property
     def is_timed(self) -> bool:
+        """True if there are seconds per image, of an evaluation or with random weights."""
         return self.evaluation is not None or self.latency is not None
 
     @property
@@ -164,7 +166,7 @@ class Comparison(Result):
         return cls(**{**content, **{name: Spread(*content[name]) for name in spreads}})
 
     def speed_up(self, baseline: Comparison) -> float:
-        """How many times faster than the baseline this was sampled; nan if no time was taken."""
+        """The baseline's sampling time divided by this one's; nan if one of them is not known."""
         if not (self.sampling_seconds and baseline.sampling_seconds):
             return float("nan")
         return baseline.sampling_seconds / self.sampling_seconds
@@ -181,7 +183,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Redundancy(Result):
-    """How much of one step of the baseline is in the steps before: what LazyMAR's caches live on.
+    """Similarities between the steps of the baseline, which LazyMAR's caches live on.
 
     Each `Band` of `values` and `output` is by step, each of the others by distance.
 
@@ -226,7 +228,7 @@ class Redundancy(Result):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a result depends on: it stands as long as these are the same.
+    """Inputs of a result, which stands as long as they are the same.
 
     settings:        of the run behind it, as `Options.settings` names them.
     files:           SHA-256 of the weights and statistics by path, None if there is no such file; empty if no file was
@@ -241,7 +243,7 @@ class Inputs:
     baseline_images: int | None = None
 
     def differ_in_policy_alone(self, other: Inputs) -> bool:
-        """Whether results of these inputs and others differ at most in the policy and in the images made with it."""
+        """True if results of both inputs differ at most in the policy and in how many images were made with it."""
 
         def relevant(inputs: Inputs) -> Inputs:
             policy = {"cache": {}, "lazy_mar": False, "num_images": 0}
@@ -252,7 +254,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a result was measured on.
+    """The conditions of a measurement.
 
     environment: versions and processor, see `machine.describe`.
     device:      and its host.
@@ -266,13 +268,14 @@ class Conditions:
 
     @classmethod
     def now(cls, device: torch.device, processes: int) -> Conditions:
+        """The conditions of a measurement that ends now."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(machine.describe(device), machine.where(device), processes, date)
 
 
 @dataclass(frozen=True)
 class Record(Generic[T]):
-    """A result with what it depends on and what it was measured on."""
+    """A result with its inputs and the conditions in which it was measured."""
 
     result: T
     inputs: Inputs

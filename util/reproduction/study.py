@@ -1,4 +1,4 @@
-"""What one command of `reproduce.py` asks for, and what each of its evaluations depends on."""
+"""One command of `reproduce.py` as a list of evaluations, with the inputs of each."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Study:
     def settings(self) -> list[tuple[str, str, CachePolicy]]:
         """(ablation, label, policy) of each setting that is to be compared with the baseline."""
         chosen = choose_ablations(self.ablations) if ABLATED_MODEL in self.models else {}
-        return [(name, label, policy) for name, kind in chosen.items() for label, policy in kind.policies.items()]
+        return [
+            (name, label, policy) for name, ablation in chosen.items() for label, policy in ablation.policies.items()
+        ]
 
     def options(self, model: str, policy: CachePolicy | None) -> Options:
         """The options of the evaluation of a model with a policy, which is either one of the table's methods or a
@@ -69,8 +71,12 @@ class Study:
         if method is not None:
             folder, num_images = Path(method.lower()), self.num_images or (50_000 if is_official else 2_000)
         else:
-            names = (run_name(name, label) for name, kind in ABLATIONS.items() for label in kind.policies
-                     if kind.policies[label] == policy)  # fmt: skip
+            names = (
+                run_name(name, label)
+                for name, ablation in ABLATIONS.items()
+                for label, its_policy in ablation.policies.items()
+                if its_policy == policy
+            )
             folder, num_images = Path("ablations", next(names)), self.num_compared
         return check(
             Options(
@@ -91,7 +97,7 @@ class Study:
 
 
 def inputs_of(options: Options, device: torch.device, dtype: torch.dtype, *, files: bool = True) -> Inputs:
-    """What the result of an evaluation depends on; `files`: with the digests of its weights and statistics."""
+    """The inputs of an evaluation's result, with digests of its weights and statistics unless not `files`."""
     paths = (options.resume, options.vae_path, options.statistics) if files else ()
     settings = json.loads(json.dumps(options.settings(device, dtype)))  # as it will be read
     return Inputs(settings, {str(path): _digest(path) for path in paths})

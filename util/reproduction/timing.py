@@ -1,4 +1,4 @@
-"""How long sampling takes, in full or extrapolated from its first steps, and how fast a device multiplies matrices."""
+"""Times sampling, in full or from its first steps, and measures a device's rate of matmuls and its memory."""
 
 from __future__ import annotations
 
