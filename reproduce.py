@@ -29,7 +29,7 @@ from util.reproduction.paper import METHODS
 from util.reproduction.redundancy import measure_redundancy
 from util.reproduction.results import Comparison, Conditions, Evaluation, Inputs, Record, Redundancy, Results, Row, T
 from util.reproduction.study import ABLATION_IMAGES, Study, inputs_of, missing_file
-from util.runs.options import Options
+from util.runs.options import CheckedOptions, Options
 from util.weights.models import load_model
 
 REDUNDANCY_IMAGES = 8
@@ -82,7 +82,7 @@ class Session:
         inputs: Callable[[], Inputs],
         measure: Callable[[Evaluation | None], T],
         *,
-        run: Options | None = None,
+        run: CheckedOptions | None = None,
         begun: Callable[[], T] | None = None,
         stands: Callable[[Record[T]], bool] | None = None,
     ) -> None:

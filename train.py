@@ -117,10 +117,10 @@ def vae_report(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def set_latent_std(vae: AutoencoderKL, old: float, new: float) -> None:
     """Rescale the latents in the two 1 x 1 convolutions around them, so that every model shares one latent scale."""
-    factor, z = new / old, vae.embed_dim
-    vae.quant_conv.weight[:z] *= factor
-    vae.quant_conv.bias[:z] *= factor
-    vae.quant_conv.bias[z:] += 2 * np.log(factor)
+    factor, z, (weight, bias) = new / old, vae.embed_dim, vae.quant_conv.parameters()
+    weight[:z] *= factor
+    bias[:z] *= factor
+    bias[z:] += 2 * np.log(factor)
     vae.post_quant_conv.weight /= factor
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Callable
+from typing import Any, Callable
 
 
 class InputError(Exception):
@@ -25,7 +25,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a script's `main`: an `InputError` becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> int:
+    def wrapped(*args: Any, **kwargs: Any) -> int:
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:

@@ -80,9 +80,12 @@ class Job:
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """Call `make()` on all ranks, on rank 0 before all others; return each rank's own result, of any type."""
-        value = make() if self.rank == 0 else None
+        if self.rank == 0:
+            value = make()
+            self.share(lambda: None)
+            return value
         self.share(lambda: None)
-        return value if self.rank == 0 else make()
+        return make()
 
     def claim(self, items: Sequence[T]) -> Iterator[T]:
         """Take items from a work queue that all ranks share: each item goes to the rank that asks first.

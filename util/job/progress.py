@@ -61,7 +61,8 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int = 0, *, enabled: bool = True, first_line: float = FIRST_LINE) -> None:
-        self._enabled, self._total, self._initial, self._done = enabled, total, done, done
+        self._enabled, self._total, self._initial = enabled, total, done
+        self._done: float = done
         self._start = time.monotonic()
         self._next_line, self._line_seconds = self._start + first_line, first_line
         self._bar, self._lock = None, threading.Lock()

@@ -64,7 +64,8 @@ class Watch:
 
     def __init__(self, root: dist.Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.root, self.store = root, None
+        self.root = root
+        self._store: dist.Store | None = None  # until rank 0 has answered
         self.done, self._lock = 0, threading.Lock()
         self.under_way = nothing
         self.on_tick: Callable[[], object] = lambda: None
@@ -77,11 +78,18 @@ class Watch:
         self._signals = StopSignals()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        start_name = self._name
         if rank != 0:
             put(root, f"hello/{rank}", self._name)
-        while rank != 0 and (name := peek(root, f"welcome/{self._name}")) is None:
-            time.sleep(POLL_SECONDS)
-        self.store = dist.PrefixStore(self._name if rank == 0 else name, root)
+            while (answer := peek(root, f"welcome/{self._name}")) is None:
+                time.sleep(POLL_SECONDS)
+            start_name = answer
+        self._store = dist.PrefixStore(start_name, root)
+
+    @property
+    def store(self) -> dist.Store:
+        assert self._store is not None  # the constructor returns when rank 0 has answered
+        return self._store
 
     @property
     def stop_signal(self) -> int | None:
@@ -103,7 +111,7 @@ class Watch:
     def fail(self, message: str, code: int) -> None:
         """Make the other ranks exit with `code`, and print the reason, unless another rank has failed before."""
         self._failed, first = True, True
-        store = self.store or self.root
+        store = self._store or self.root
         with contextlib.suppress(RuntimeError):
             first = store.add("failures", 1) == 1
             put(store, "failed", str(code))
@@ -138,7 +146,7 @@ class Watch:
 
     def _listen(self, tick: int) -> None:
         """Pass on and take note of failures, requests to stop and signs of life, once."""
-        if self.store is None:  # rank 0 has not answered
+        if self._store is None:  # rank 0 has not answered
             return self._hear(0)
         failure = peek(self.store, "failed")
         if failure is not None and not self._failed:
@@ -161,7 +169,7 @@ class Watch:
         Ticks are counted instead of seconds because a job may be suspended as a whole and go on hours later: then no
         rank has been silent by its own count, however late it is.
         """
-        beat = peek(self.store, f"beat/{rank}") if self.store is not None else None
+        beat = peek(self.store, f"beat/{rank}") if self._store is not None else None
         if beat is not None and beat != self._beats.get(rank):
             self._beats[rank], self._silence[rank] = beat, 0
             return

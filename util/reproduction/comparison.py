@@ -7,17 +7,17 @@ import torch
 
 from util.reproduction.jackknife import groups_of_images, jackknife
 from util.reproduction.results import Comparison, Evaluation
-from util.runs.options import Options
+from util.runs.options import CheckedOptions
 from util.runs.run import run_folder
 from util.scoring.scores import FEATURES_DIMS, Statistics, score
 
 
-def is_whole(options: Options) -> bool:
+def is_whole(options: CheckedOptions) -> bool:
     """True if an evaluation has come to its end and each of its files is still there."""
     return (options.output_dir / "metrics.json").exists() and not run_folder(options).unfinished()
 
 
-def read_run(options: Options, count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def read_run(options: CheckedOptions, count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Features [N, F], logits [N, K] and pixels [N, H, W, 3] float32 of a finished run's first `count` images."""
     run = run_folder(options)
     batches = [run.read(number) for number in run.batch_numbers()]
@@ -29,7 +29,13 @@ def read_run(options: Options, count: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def compare_with_baseline(
-    options: Options, baseline: Options, count: int, evaluation: Evaluation, *, ablation: str | None, label: str
+    options: CheckedOptions,
+    baseline: CheckedOptions,
+    count: int,
+    evaluation: Evaluation,
+    *,
+    ablation: str | None,
+    label: str,
 ) -> Comparison:
     """Score the first `count` images of a run and measure their distance to the baseline's, each with its error.
 

@@ -11,7 +11,7 @@ from util.reproduction.paper import METHODS
 from util.reproduction.study import Study, missing_file
 from util.reproduction.timing import Latency, time_sampling
 from util.runs.memory import memory_needed
-from util.runs.options import Options
+from util.runs.options import CheckedOptions
 from util.weights.models import random_model
 
 ESTIMATE_SECONDS = 5  # of sampling on a CPU; what takes longer is extrapolated
@@ -43,14 +43,14 @@ def print_costs(study: Study, device: torch.device, dtype: torch.dtype, processe
     print(f"all together: about {duration(total / processes)} of sampling with {processes} process(es)")
 
 
-def time_batch(options: Options, device: torch.device, dtype: torch.dtype) -> tuple[Latency, int]:
+def time_batch(options: CheckedOptions, device: torch.device, dtype: torch.dtype) -> tuple[Latency, int]:
     """Time a batch with random weights, a small one on a CPU; returns its latency and its size."""
     batch_size = options.eval_bsz if device.type == "cuda" else min(options.eval_bsz, 4)
     return time_random_model(options, device, dtype, batch_size, ESTIMATE_SECONDS), batch_size
 
 
 def time_random_model(
-    options: Options, device: torch.device, dtype: torch.dtype, batch_size: int, limit: float
+    options: CheckedOptions, device: torch.device, dtype: torch.dtype, batch_size: int, limit: float
 ) -> Latency:
     """Time a batch of an evaluation with random weights, on a CPU for about `limit` seconds."""
     sampler = Sampler(random_model(options.model, device, dtype)[0], **options.sampling)
@@ -58,7 +58,7 @@ def time_random_model(
     return time_sampling(sampler, batch_size, options.flops, limit)
 
 
-def describe(options: Options, method: str, dtype: torch.dtype) -> str:
+def describe(options: CheckedOptions, method: str, dtype: torch.dtype) -> str:
     """A paragraph on an evaluation: its plan, FLOPs, parameters and memory."""
     model, flops = options.meta_model, Flops.of_steps(options.flops)
     plan = options.plan

@@ -18,7 +18,7 @@ from util.files import file_digest
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
 from util.reproduction.paper import METHODS
 from util.reproduction.results import Inputs
-from util.runs.options import Options, check
+from util.runs.options import CheckedOptions, Options, check
 from util.scoring.scores import load_extractor
 
 ABLATION_IMAGES = 500
@@ -63,7 +63,7 @@ class Study:
             (name, label, policy) for name, ablation in chosen.items() for label, policy in ablation.policies.items()
         ]
 
-    def options(self, model: str, policy: CachePolicy | None) -> Options:
+    def options(self, model: str, policy: CachePolicy | None) -> CheckedOptions:
         """The options of the evaluation of a model with a policy, which is either one of the table's methods or a
         setting of an ablation. A policy that several ablations have in common is evaluated once, under one name."""
         is_official = model != ABLATED_MODEL
@@ -96,7 +96,7 @@ class Study:
         )
 
 
-def inputs_of(options: Options, device: torch.device, dtype: torch.dtype, *, files: bool = True) -> Inputs:
+def inputs_of(options: CheckedOptions, device: torch.device, dtype: torch.dtype, *, files: bool = True) -> Inputs:
     """The inputs of an evaluation's result, with digests of its weights and statistics unless not `files`."""
     paths = (options.resume, options.vae_path, options.statistics) if files else ()
     settings = json.loads(json.dumps(options.settings(device, dtype)))  # as it will be read
@@ -108,7 +108,7 @@ def _digest(path: Path) -> str | None:
     return file_digest(path) if path.is_file() else None
 
 
-def missing_file(options: Options) -> str | None:
+def missing_file(options: CheckedOptions) -> str | None:
     """The file that an evaluation lacks, in words; None if it lacks nothing."""
     files = {"weights": options.resume, "VAE": options.vae_path, "statistics": options.statistics}
     for what, path in files.items():

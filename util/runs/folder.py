@@ -144,6 +144,7 @@ class RunFolder:
 
     def save(self, batch: Batch) -> None:
         """Write a batch: first its images, then its record, each unless it is there already."""
+        assert batch.pixels is not None
         sizes = []
         for index, pixels in zip(batch.indices, batch.pixels):
             png = encode_png(pixels) if self.saved(index) else b""

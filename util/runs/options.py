@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -150,7 +151,18 @@ def _flops(options: Options) -> list[Flops]:
     return flops_per_step(options.meta_model, **options.sampling)
 
 
-def check(options: Options) -> Options:
+class CheckedOptions(Options):
+    """Options that are in range and whose defaults have been filled in, as `check` returns them."""
+
+    if TYPE_CHECKING:  # of the same fields, those that are not None any more
+        cfg: float
+        resume: Path
+        vae_path: Path
+        statistics: Path
+        output_dir: Path
+
+
+def check(options: Options) -> CheckedOptions:
     """Fill in the defaults of options. Raises InputError for a value out of range, naming its flag."""
     model, preset = options.meta_model, options.preset
     if options.class_labels is not None:
@@ -174,14 +186,15 @@ def check(options: Options) -> Options:
     if options.class_labels is not None:
         images = "classes-" + "-".join(map(str, options.class_labels[:8]))
     name = f"{options.model}{'-lazy' * bool(options.cache)}-iter{options.num_iter}-cfg{cfg:g}-{images}"
-    return dataclasses.replace(
-        options,
-        cfg=cfg,
-        resume=options.resume or ROOT / preset.checkpoint,
-        vae_path=options.vae_path or ROOT / preset.vae_path,
-        statistics=options.statistics or ROOT / preset.statistics_path,
-        output_dir=options.output_dir or Path("output", name),
-    )
+    filled_in = {
+        "cfg": cfg,
+        "resume": options.resume or ROOT / preset.checkpoint,
+        "vae_path": options.vae_path or ROOT / preset.vae_path,
+        "statistics": options.statistics or ROOT / preset.statistics_path,
+        "output_dir": options.output_dir or Path("output", name),
+    }
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    return CheckedOptions(**{**values, **filled_in})
 
 
 def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:

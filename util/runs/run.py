@@ -22,7 +22,7 @@ from util.runs.folder import Batch, RunFolder, open_folder
 from util.runs.images import encode_png, image_grid
 from util.runs.memory import check_memory, out_of_memory_explained
 from util.runs.metrics import summarise
-from util.runs.options import Options, check
+from util.runs.options import CheckedOptions, Options, check
 from util.scoring.scores import FEATURES_DIMS, Extractor, Statistics, load_extractor
 from util.weights.checkpoint import find_weights
 
@@ -32,10 +32,10 @@ VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has been opened. `options` have their defaults filled in, and `settings` are those in `run.json`."""
+    """A run that has been opened. `settings` are those in `run.json`."""
 
     job: Job
-    options: Options
+    options: CheckedOptions
     device: torch.device
     dtype: torch.dtype
     settings: dict
@@ -123,7 +123,7 @@ class Run:
         self.folder.write("grid.png", encode_png(image_grid([self.folder.read_image(index) for index in shown])))
 
 
-def open_run(job: Job, options: Options) -> Run:
+def open_run(job: Job, given: Options) -> Run:
     """Open the folder of a run, once all is checked that can be checked before long work.
 
     First come options, files and settings that are known without work, then digests of the weights, then the network
@@ -132,7 +132,7 @@ def open_run(job: Job, options: Options) -> Run:
     Raises:
         InputError: the run cannot be made or continued as it was asked for.
     """
-    options = check(options)
+    options = check(given)
     device = machine.choose_device(options.device, job.local_rank)
     dtype = machine.choose_dtype(options.dtype, device)
     if device.type == "cpu" and dtype.itemsize == 2 and not machine.cpu_computes_in_bfloat16():
@@ -153,12 +153,19 @@ def open_run(job: Job, options: Options) -> Run:
                 overwrite=options.overwrite,
             )
         )
-        extractor = None
-        if options.score:  # rank 0 goes first: it may have to download the weights
-            extractor = job.in_turn(lambda: load_extractor(features, options.inception_weights, device))
-        folder = run_folder(options, extractor and f"{features} {machine.weights_digest(extractor.network)}")
-        unfinished = job.share(folder.unfinished)
+    extractor = None
+    if options.score:  # rank 0 goes first: it may have to download the weights
+        extractor = job.in_turn(lambda: load_extractor(features, options.inception_weights, device))
+    scored_by = f"{features} {machine.weights_digest(extractor.network)}" if extractor is not None else None
+    folder = run_folder(options, scored_by)
+
+    def find_work() -> list[int]:
+        unfinished = folder.unfinished()
         folder.check_disk(unfinished)
+        return unfinished
+
+    with disk_faults_explained(options.output_dir):
+        unfinished = job.share(find_work)
     done = folder.num_images - folder.count_images(unfinished)
     job.print0(f"{folder.path}: {done:,} of {folder.num_images:,} images are there")
     if options.class_labels is None and options.num_images % options.meta_model.class_num:
@@ -166,8 +173,8 @@ def open_run(job: Job, options: Options) -> Run:
     return Run(job, options, device, dtype, settings, folder, unfinished, extractor, reference)
 
 
-def run_folder(options: Options, extractor: str | None = None) -> RunFolder:
-    """The folder of a run, given its options with defaults filled in; `extractor` as `RunFolder` has it."""
+def run_folder(options: CheckedOptions, extractor: str | None = None) -> RunFolder:
+    """The folder of a run, given its options; `extractor` as `RunFolder` has it."""
     return RunFolder(
         path=options.output_dir,
         labels=options.labels(),

@@ -39,7 +39,7 @@ def train_classifier(
     test_images, test_labels = load_fashion_mnist(data_folder, "test")
     images, labels = (tensor.to(device) for tensor in load_fashion_mnist(data_folder, "train"))
     torch.manual_seed(seed)
-    classifier = FashionClassifier().to(device, memory_format=torch.channels_last)
+    classifier = FashionClassifier().to(device).to(memory_format=torch.channels_last)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(images), (batch_size,), generator=generator, device=device)

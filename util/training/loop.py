@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from util.files import atomic_write
 SAVE_EVERY = 120.0  # seconds between checkpoints
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 def fit(
-    module: nn.Module,
+    module: Network,
     loss: Callable[[torch.Generator], Tensor],
     *,
     folder: Path,
@@ -32,7 +36,7 @@ def fit(
     clip: float = 3.0,
     ema_decay: float = 0.999,
     device: torch.device,
-) -> nn.Module:
+) -> Network:
     """Train `module` in place for `steps` optimizer steps and return the average of its weights.
 
     Args:
@@ -48,14 +52,14 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "training.pt"
     exempt, slow = tuple(no_weight_decay), tuple(slow)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay, "peak_lr": lr},
         {"params": [], "weight_decay": 0.0, "peak_lr": lr},
         {"params": [], "weight_decay": 0.0, "peak_lr": 0.1 * lr},
     ]
     for name, parameter in module.named_parameters():
-        group = 2 if name.startswith(slow) else 1 if parameter.ndim < 2 or name.startswith(exempt) else 0
-        groups[group]["params"].append(parameter)
+        index = 2 if name.startswith(slow) else 1 if parameter.ndim < 2 or name.startswith(exempt) else 0
+        groups[index]["params"].append(parameter)
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95))
     average = copy.deepcopy(module).requires_grad_(False)
     start = 0

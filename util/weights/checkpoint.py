@@ -80,8 +80,9 @@ def load_weights(
         tensor = tensor.detach().to(target_device, target_dtype, copy=True).contiguous()
         owner_name, _, attribute = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        if attribute in owner._parameters:
-            tensor = nn.Parameter(tensor, requires_grad=owner._parameters[attribute].requires_grad)
+        parameter = owner._parameters.get(attribute)
+        if parameter is not None:
+            tensor = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         setattr(owner, attribute, tensor)
 
     for owner in module.modules():

@@ -164,7 +164,7 @@ def _fetch(remote: RemoteFile, part: Path) -> None:
         _check_size(f"the file at {remote.url}", _size(part), remote, "the link may have changed")
 
 
-def _connect(remote: RemoteFile, part: Path, start: int, record: dict | None) -> http.client.HTTPResponse:
+def _connect(remote: RemoteFile, part: Path, start: int, record: dict) -> http.client.HTTPResponse:
     headers = {"User-Agent": "python-urllib", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -210,13 +210,13 @@ def _record_path(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
-def _read_record(part: Path) -> dict | None:
-    """`size` (bytes) and `etag` that the server gave when `part` was begun; None if there is nothing to continue."""
+def _read_record(part: Path) -> dict:
+    """`size` (bytes) and `etag` that the server gave when `part` was begun; empty if there is nothing to continue."""
     try:
         record = json.loads(_record_path(part).read_text(encoding="utf-8"))
-        return {"size": int(record["size"]), "etag": record["etag"]} if _size(part) <= record["size"] else None
+        return {"size": int(record["size"]), "etag": record["etag"]} if _size(part) <= record["size"] else {}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None
+        return {}
 
 
 def _check_size(subject: str, size: int, remote: RemoteFile, way_out: str) -> None:
@@ -233,7 +233,7 @@ def _amount(size: float) -> str:
 
 
 def _host(remote: RemoteFile) -> str:
-    return urllib.parse.urlsplit(remote.url).hostname
+    return urllib.parse.urlsplit(remote.url).hostname or remote.url
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
