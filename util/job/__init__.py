@@ -1,0 +1,1 @@
+"""The processes of a job: work that they share, signals, signs of life, progress."""

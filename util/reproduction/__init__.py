@@ -1,0 +1,1 @@
+"""The measurements of `reproduce.py`, with the figures that the papers have published."""

@@ -1,0 +1,1 @@
+"""A run of `eval.py`: its options, its folder, its images."""

@@ -1,0 +1,1 @@
+"""Files of weights: checkpoints, and where they can be downloaded."""
