@@ -194,7 +194,7 @@ def test_flops_per_step_sum_to_the_total_and_follow_the_plan():
         total = count_flops(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
         assert len(steps) == 16 and all(min(step) > 0 for step in steps)
         assert Flops(*map(sum, zip(*steps))) == total
-        per_token = {step.head / (planned.stop - planned.start) for step, planned in zip(steps[1:], plan[1:])}
+        per_token = {step.head / (planned.stop - planned.start) for step, planned in zip(steps[1:], list(plan)[1:])}
         assert len(per_token) == 1
     steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=CachePolicy())
     transformer = [step.encoder + step.decoder for step in steps]
