@@ -44,24 +44,24 @@ def reproduce(job: Job, args: argparse.Namespace) -> None:
     if args.dry_run:
         job.share(lambda: print_costs(study, device, dtype, job.world_size))
         return
-    session = Session(job, study, device, dtype, Results(study.output_dir / "results"))
+    reproduction = Reproduction(job, study, device, dtype, Results(study.output_dir / "results"))
     for model in PRESETS:
         for method in METHODS:
-            measure_row(session, model, method)
+            measure_row(reproduction, model, method)
     settings = study.settings()
-    if settings and not session.missing_file(ABLATED_MODEL):
-        compare_policy(session, None, "baseline", None)
+    if settings and not reproduction.missing_file(ABLATED_MODEL):
+        compare_policy(reproduction, None, "baseline", None)
         for number, (ablation, label, policy) in enumerate(settings, start=1):
             job.print0(f"\nablation {number} of {len(settings)}")
-            compare_policy(session, ablation, label, policy)
+            compare_policy(reproduction, ablation, label, policy)
     for model in study.models:
-        if not session.missing_file(model):
-            compare_steps(session, model)
-    job.print0(f"\nresults are in {session.results.folder}; report.py makes a page of them")
+        if not reproduction.missing_file(model):
+            compare_steps(reproduction, model)
+    job.print0(f"\nresults are in {reproduction.results.folder}; report.py makes a page of them")
 
 
 @dataclass(frozen=True)
-class Session:
+class Reproduction:
     """One command's processes, what it asks of them, and the results."""
 
     job: Job
@@ -127,14 +127,14 @@ class Session:
             self.job.share(lambda: write(measure(evaluation)))
 
 
-def measure_row(session: Session, model: str, method: str) -> None:
+def measure_row(reproduction: Reproduction, model: str, method: str) -> None:
     """Evaluate a model with one of the table's methods; without its weights, time an image with random ones.
 
     The FLOPs of a model that is not asked for are counted all the same.
     """
-    options, is_wanted = session.study.options(model, METHODS[method]), model in session.study.models
+    options, is_wanted = reproduction.study.options(model, METHODS[method]), model in reproduction.study.models
     title = f"{model}, {method}"
-    not_run = session.job.share(lambda: missing_file(options)) if is_wanted else "not among --models"
+    not_run = reproduction.job.share(lambda: missing_file(options)) if is_wanted else "not among --models"
     if not_run:
         title += ": no weights; timing one image with random ones" if is_wanted else ": counting FLOPs"
 
@@ -142,11 +142,13 @@ def measure_row(session: Session, model: str, method: str) -> None:
         return Row(model, method, num_parameters(options.meta_model), options.flops, not_run)
 
     def inputs() -> Inputs:
-        return inputs_of(options, session.device, session.dtype, files=is_wanted)
+        return inputs_of(options, reproduction.device, reproduction.dtype, files=is_wanted)
 
     def measure(evaluation: Evaluation | None) -> Row:
         if is_wanted and not_run:
-            latency = time_random_model(options, session.device, session.dtype, batch_size=1, limit=LATENCY_SECONDS)
+            latency = time_random_model(
+                options, reproduction.device, reproduction.dtype, batch_size=1, limit=LATENCY_SECONDS
+            )
             return replace(row(), latency=latency)
         return replace(row(), evaluation=evaluation)
 
@@ -155,7 +157,7 @@ def measure_row(session: Session, model: str, method: str) -> None:
             return earlier.result.is_timed and earlier.inputs.settings == inputs().settings
         return earlier.result.is_timed or earlier.result.unfinished or earlier.inputs == inputs()
 
-    session.measure_once(
+    reproduction.measure_once(
         Row,
         Row.name(model, method),
         title,
@@ -167,37 +169,37 @@ def measure_row(session: Session, model: str, method: str) -> None:
     )
 
 
-def compare_policy(session: Session, ablation: str | None, label: str, policy: CachePolicy | None) -> None:
+def compare_policy(reproduction: Reproduction, ablation: str | None, label: str, policy: CachePolicy | None) -> None:
     """Evaluate a policy, unless it is a row of the table, and compare its images with the baseline's."""
-    study = session.study
+    study = reproduction.study
     options, baseline = study.options(ABLATED_MODEL, policy), study.options(ABLATED_MODEL, None)
     method = next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
 
     def inputs() -> Inputs:
-        of_run = inputs_of(options, session.device, session.dtype)
+        of_run = inputs_of(options, reproduction.device, reproduction.dtype)
         return replace(of_run, num_images=study.num_compared, baseline_images=baseline.num_images)
 
     def compare(evaluation: Evaluation | None) -> Comparison:
         if method is not None:
-            row = session.results.read(Row, Row.name(ABLATED_MODEL, method))
+            row = reproduction.results.read(Row, Row.name(ABLATED_MODEL, method))
             evaluation = row.result.evaluation if row else None
         assert evaluation is not None  # the table's rows come first
         return compare_with_baseline(options, baseline, study.num_compared, evaluation, ablation=ablation, label=label)
 
     name, title = Comparison.name(ablation, label), f"{ABLATED_MODEL}, {ablation or 'ablations'}: {label}"
-    session.measure_once(Comparison, name, title, inputs, compare, run=None if method else options)
+    reproduction.measure_once(Comparison, name, title, inputs, compare, run=None if method else options)
 
 
-def compare_steps(session: Session, model: str) -> None:
+def compare_steps(reproduction: Reproduction, model: str) -> None:
     """Measure how much one step of the baseline is like those before."""
-    options = session.study.options(model, None)
+    options = reproduction.study.options(model, None)
 
     def inputs() -> Inputs:
-        return replace(inputs_of(options, session.device, session.dtype), num_images=REDUNDANCY_IMAGES)
+        return replace(inputs_of(options, reproduction.device, reproduction.dtype), num_images=REDUNDANCY_IMAGES)
 
     def measure(_: Evaluation | None) -> Redundancy:
         paths = {"weights": options.resume, "vae_weights": options.vae_path}
-        network = load_model(model, session.device, torch.float32, **paths)[0]
+        network = load_model(model, reproduction.device, torch.float32, **paths)[0]
         return measure_redundancy(
             network,
             num_images=REDUNDANCY_IMAGES,
@@ -208,7 +210,7 @@ def compare_steps(session: Session, model: str) -> None:
         )
 
     title = f"{model}: similarity between steps, over {REDUNDANCY_IMAGES} images"
-    session.measure_once(Redundancy, Redundancy.name(model), title, inputs, measure)
+    reproduction.measure_once(Redundancy, Redundancy.name(model), title, inputs, measure)
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +64,20 @@ class Modulations:
             yield piece
 
 
+class PreparedStep(NamedTuple):
+    """A denoising step, with all that it needs and that does not depend on the noisy tokens.
+
+    modulations: shift, scale and gate [n, 3W] of each block that the step computes.
+    reused:      [n, W] at a REUSE step, which computes no block: what all of them add. None at other steps.
+    output:      shift and scale [n, 2W] of the final layer.
+    """
+
+    kind: DenoisingStep
+    modulations: Sequence[Tensor]
+    reused: Tensor | None
+    output: Tensor
+
+
 class HeadSampler:
     """Samples tokens for given conditions; made once per run.
 
@@ -119,22 +134,21 @@ class HeadSampler:
         """
         cache = HeadCache()
         x = noise[0]
-        steps = self._steps(self.head.cond_embed(conditions), noise.shape[1], cache)
-        for (kind, blocks, output), coefficients, draw in zip(steps, self.coefficients, [*noise[1:-1], None]):
-            if kind is DenoisingStep.REUSE:
-                h = F.linear(x, self.input_weight) + blocks
+        steps = self._prepared_steps(self.head.cond_embed(conditions), noise.shape[1], cache)
+        for step, coefficients, draw in zip(steps, self.coefficients, [*noise[1:-1], None]):
+            if step.reused is not None:
+                h = F.linear(x, self.input_weight) + step.reused
             else:
-                h = self._blocks(kind, F.linear(x, self.input_weight, self.input_bias), blocks, cache)
-            eps, v = self._predict(kind, h, output, cache)
+                h = self._blocks(step, F.linear(x, self.input_weight, self.input_bias), cache)
+            eps, v = self._predict(step, h, cache)
             x = denoise(x, eps, v, cache.difference, guidance, coefficients, draw, self.temperature)
         return x
 
-    def _steps(self, condition: Tensor, num_tokens: int, cache: HeadCache) -> Iterator[tuple]:
-        """Yield for each denoising step its kind, what its blocks need and the final layer's modulation [n, 2W].
+    def _prepared_steps(self, condition: Tensor, num_tokens: int, cache: HeadCache) -> Iterator[PreparedStep]:
+        """Yield the denoising steps in order, given the tokens' embedded conditions [n or 2n, W].
 
-        Blocks need their modulations, a list of [n, 3W]. At a REUSE step they compute nothing: it needs what they add,
-        [n, W]. That is the same sum for all steps until the cache changes, but for the gates, and is computed for
-        several steps at once; so this must not run ahead of the loop that fills the cache.
+        `reused` is the same sum at all steps until the cache changes, but for the gates, and is computed for several
+        steps at once: this must not run ahead of the loop, which fills the cache.
         """
         modulations = {
             kind: Modulations(layers, times, condition if kind is DenoisingStep.REFRESH else condition[:num_tokens])
@@ -142,20 +156,23 @@ class HeadSampler:
         }
         for kind, count in self.plan.stretches:
             for *of_blocks, of_output in modulations[kind].take(count):
-                reused = self._reused(of_blocks, cache, len(of_output)) if kind is DenoisingStep.REUSE else None
-                for step, output in enumerate(of_output):
-                    yield kind, [layer[step] for layer in of_blocks] if reused is None else reused[step], output
+                if kind is DenoisingStep.REUSE:
+                    for reused, output in zip(self._reused(of_blocks, cache, len(of_output)), of_output):
+                        yield PreparedStep(kind, [], reused, output)
+                else:
+                    for step, output in enumerate(of_output):
+                        yield PreparedStep(kind, [layer[step] for layer in of_blocks], None, output)
 
-    def _blocks(self, kind: DenoisingStep, h: Tensor, modulations: Sequence[Tensor], cache: HeadCache) -> Tensor:
+    def _blocks(self, step: PreparedStep, h: Tensor, cache: HeadCache) -> Tensor:
         """Return the residual blocks' output for the projected tokens `h` [n, W]: [n, W], or [2n, W] of both branches.
 
         Blocks that the step skips add what they added at the last refresh.
         """
-        num_tokens, ahead = len(h), iter(modulations)
-        if kind is DenoisingStep.REFRESH:
+        num_tokens, ahead = len(h), iter(step.modulations)
+        if step.kind is DenoisingStep.REFRESH:
             h = h.repeat(self.plan.num_branches, 1)  # both branches denoise the same tokens
         for skipped, blocks in self.block_runs:
-            if skipped and kind is not DenoisingStep.REFRESH:
+            if skipped and step.kind is not DenoisingStep.REFRESH:
                 h = h + cache.added[blocks[0]]
                 continue
             before = h
@@ -186,12 +203,12 @@ class HeadSampler:
         normed = F.layer_norm(h, h.shape[-1:], weight, bias, block.in_ln.eps)
         return block.mlp(modulate(normed, shift, scale).to(self.blocks_dtype))
 
-    def _predict(self, kind: DenoisingStep, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
+    def _predict(self, step: PreparedStep, h: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
         """Return eps and v [n, C] of the conditional branch; a refresh stores the difference to guide by."""
         normed = F.layer_norm(h, h.shape[-1:], eps=self.head.final_layer.norm_final.eps)
-        modulated = modulate(normed, *modulation.chunk(2, dim=-1)).to(h.dtype)
+        modulated = modulate(normed, *step.output.chunk(2, dim=-1)).to(h.dtype)
         eps, v = F.linear(modulated, *self.output_layer).chunk(2, dim=-1)
-        if kind is DenoisingStep.REFRESH and self.plan.num_branches == 2:
+        if step.kind is DenoisingStep.REFRESH and self.plan.num_branches == 2:
             eps, unconditional = eps.chunk(2)
             cache.difference, v = eps - unconditional, v[: len(eps)]
         return eps, v
