@@ -123,6 +123,8 @@ def evaluate(args: argparse.Namespace) -> None:
     features_dim = FEATURES_DIMS[args.features]
     own = Side.open(args.images, features_dim, metrics)
     other = Side.open(args.reference, features_dim, replace(metrics, standard_errors=False))
+    if other.images is not None and len(other.images) < 2:
+        raise InputError(f"a reference takes at least 2 images, and {other.path} holds 1: add images.")
     if own.images is not None and other.images is not None:
         check_same_size(own.images, other.images)
     if own.images is None and metrics.standard_errors:

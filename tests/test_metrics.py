@@ -251,6 +251,7 @@ def test_standard_errors_are_those_of_the_mean_where_that_is_known():
 def bad(images, folders, tmp_path) -> Path:
     """A folder of all kinds of files that cannot be used."""
     write_images(tmp_path / "three", images[0][:3])
+    write_images(tmp_path / "one", images[0][:1])
     write_images(tmp_path / "larger", nn.functional.interpolate(images[0], scale_factor=2))
     np.savez(tmp_path / "numbers.npz", values=np.zeros(3))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 32, 32, 3), np.float32))
@@ -280,6 +281,7 @@ def bad(images, folders, tmp_path) -> Path:
         (None, "inception.npz", [], "mu [2048] and sigma [2048, 2048], but the features have 128 dimensions"),
         (None, "other.npz", ["--kid"], "other.npz has features [9, 64], but those of the images have 128 dimensions"),
         (None, "small.npz", ["--fd_dinov2"], "dinov2_mu [3] and dinov2_sigma [3, 3]"),
+        (None, "one", [], "a reference takes at least 2 images, and"),
         (None, "larger", [], "32 x 32 pixels, but those of"),
         (None, "numbers.npz", [], "numbers.npz holds neither images (arr_0) nor statistics (mu and sigma), but values"),
         ("floats.npz", None, [], "floats.npz holds arr_0 of float32 [4, 32, 32, 3], which are no images"),

@@ -63,18 +63,16 @@ class ImageArray:
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """Read images in batches [B, 3, H, W] uint8. Raises InputError if the file is damaged."""
         width, height = self.size
-        for start in range(0, self.num_images, batch_size):
-            if start == 0:
-                archive = zipfile.ZipFile(self.path)
-                stream = archive.open(IMAGES)
-                _read_header(stream)
-            count = min(batch_size, self.num_images - start)
-            try:
-                pixels = stream.read(count * height * width * 3)
-                images = np.frombuffer(pixels, np.uint8).reshape(count, height, width, 3)
-            except Exception as error:  # of zipfile, zlib or NumPy
-                raise InputError(f"{self.path} is damaged ({why_unreadable(error)}): get it again.") from None
-            yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
+        with zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as stream:
+            _read_header(stream)
+            for start in range(0, self.num_images, batch_size):
+                count = min(batch_size, self.num_images - start)
+                try:
+                    pixels = bytearray(stream.read(count * height * width * 3))
+                    images = np.frombuffer(pixels, np.uint8).reshape(count, height, width, 3)
+                except Exception as error:  # of zipfile, zlib or NumPy
+                    raise InputError(f"{self.path} is damaged ({why_unreadable(error)}): get it again.") from None
+                yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 Source = Union[ImageFolder, ImageArray]
