@@ -17,11 +17,18 @@ from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.runs.images import encode_png, image_grid
+from util.scoring.scores import Scores
 
 PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40
+SCORES_SHOWN = {  # field of `Scores`: label, format
+    "fid": ("FID", "{:.3f}"),
+    "is_mean": ("IS", "{:.3f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "kid_mean": ("KID", "{:.5f}"),
+    "fd_dinov2": ("FD-DINOv2", "{:.3f}"),
+}
 ROWS_SHOWN = (  # label, key in metrics.json, factor, format
-    ("FID", "fid", 1, "{:.3f}"),
-    ("IS", "isc", 1, "{:.3f}"),
     ("sampling, s per image", "sampling_seconds", 1, "{:.3f}"),
     ("with decoding, s per image", "seconds_per_image", 1, "{:.3f}"),
     ("TFLOPs per image", "flops_per_image", 1e-12, "{:.4g}"),
@@ -39,30 +46,25 @@ def read_metrics(folder: Path) -> dict:
         raise InputError(f"{path} is damaged ({error}): delete it and run eval.py again") from None
 
 
-def find(metrics: dict, name: str) -> tuple[str, float] | None:
-    """Find a number by the start of its key, since scores carry their extractor's name, as in fid_fashion_classifier.
-
-    Returns its key and value; None if there is none.
-    """
-    for key, value in metrics.items():
-        is_score = key.startswith(name) and not key.endswith("_std") and name in ("fid", "isc")
-        if (key == name or is_score) and isinstance(value, (int, float)):
-            return key, value
-    return None
-
-
 def table(baseline: dict, other: dict) -> str:
-    """Make a table of the two runs' numbers and their ratio, a line each."""
+    """Make a table of the numbers that both runs have, and of their ratio, a line each."""
     lines = [f"{'':28s}{'baseline':>10s}{'other':>10s}{'ratio':>8s}"]
-    for label, name, factor, style in ROWS_SHOWN:
-        first, second = find(baseline, name), find(other, name)
+
+    def add(label: str, first: float | None, second: float | None, style: str) -> None:
         if first is None or second is None:
-            continue
-        if first[0] != second[0]:
-            raise InputError(f"the runs were scored differently ({first[0]} and {second[0]}): score them alike")
-        values = [style.format(value * factor) for _, value in (first, second)]
-        label += "*" * (first[0] != name and "classifier" in first[0])
-        lines.append(f"{label:28s}{values[0]:>10s}{values[1]:>10s}{second[1] / first[1]:>8.2f}")
+            return
+        ratio = f"{second / first:.2f}" if first else "-"
+        lines.append(f"{label:28s}{style.format(first):>10s}{style.format(second):>10s}{ratio:>8s}")
+
+    (extractor, scores), (other_extractor, other_scores) = map(Scores.of_metrics, (baseline, other))
+    if extractor and other_extractor and extractor != other_extractor:
+        raise InputError(f"the runs were scored differently ({extractor} and {other_extractor}): score them alike")
+    for name, (label, style) in SCORES_SHOWN.items():
+        starred = extractor == "fashion" and name != "fd_dinov2"
+        add(label + "*" * starred, getattr(scores, name), getattr(other_scores, name), style)
+    for label, name, factor, style in ROWS_SHOWN:
+        first, second = (None if metrics.get(name) is None else metrics[name] * factor for metrics in (baseline, other))
+        add(label, first, second, style)
     if any("*" in line for line in lines):
         lines.append("* measured with a small classifier of the model's own data, not with Inception")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from util.job.processes import Job, launch
 from util.runs.folder import Batch
 from util.runs.images import decode, map_images, to_pixels
 from util.runs.options import Options, parse_options
-from util.runs.run import Run, open_run
+from util.runs.run import Run, evaluate_seeds, open_run
 from util.scoring.scores import Extractor
 from util.weights.models import load_model
 
@@ -29,11 +29,13 @@ from util.weights.models import load_model
 def evaluate(job: Job, options: Options) -> dict:
     """Generate those of a run's images that are missing, and score all of them.
 
-    Returns what `metrics.json` holds, on all ranks.
+    Returns what `metrics.json` holds, on all ranks; with several seeds, what `seeds.json` holds.
 
     Raises:
         InputError: something that the user can put right.
     """
+    if options.more_seeds:
+        return evaluate_seeds(job, options, evaluate)
     run = open_run(job, options)  # what can be refused is refused here, before long work
     options = run.options
     paths = {"weights": options.resume, "vae_weights": options.vae_path}
@@ -81,13 +83,13 @@ def decoded(batches: Iterable[Batch], vae: AutoencoderKL, latent_scale: float) -
 
 
 def with_features(batches: Iterable[Batch], extractor: Extractor | None) -> Iterator[Batch]:
-    """Add what FID and Inception Score are computed from, taken from the very pixels that the PNGs hold."""
+    """Add what the scores are computed from, taken from the very pixels that the PNGs hold."""
     for batch in batches:
         if extractor is not None:
             start = time.perf_counter()
             pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2).to(extractor.device)
-            features, logits = zip(*map_images(extractor, pixels))
-            batch.features, batch.logits = torch.cat(features).cpu().numpy(), torch.cat(logits).cpu().numpy()
+            outputs = [torch.cat(parts).cpu().numpy() for parts in zip(*map_images(extractor, pixels))]
+            batch.features, batch.logits, batch.dinov2 = (*outputs, None)[:3]  # DINOv2's only if they are wanted
             batch.score_seconds = time.perf_counter() - start
         yield batch
 

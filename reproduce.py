@@ -30,6 +30,7 @@ from util.reproduction.redundancy import measure_redundancy
 from util.reproduction.results import Comparison, Conditions, Evaluation, Inputs, Record, Redundancy, Results, Row, T
 from util.reproduction.study import ABLATION_IMAGES, Study, inputs_of, missing_file
 from util.runs.options import CheckedOptions, Options
+from util.scoring.scores import Metrics
 from util.weights.models import load_model
 
 REDUNDANCY_IMAGES = 8
@@ -142,7 +143,8 @@ def measure_row(reproduction: Reproduction, model: str, method: str) -> None:
         return Row(model, method, num_parameters(options.meta_model), options.flops, not_run)
 
     def inputs() -> Inputs:
-        return inputs_of(options, reproduction.device, reproduction.dtype, files=is_wanted)
+        of_run = inputs_of(options, reproduction.device, reproduction.dtype, files=is_wanted)
+        return replace(of_run, metrics=options.metrics.flags)
 
     def measure(evaluation: Evaluation | None) -> Row:
         if is_wanted and not_run:
@@ -222,6 +224,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add("--eval_bsz", int, "batch size: images that each process samples at a time", minimum=1,
                default_text=f"128, and 25 of {ABLATED_MODEL}")  # fmt: skip
     parser.add_fields(Options, "num_iter", "num_sampling_steps", "seed", "device", "dtype", "inception_weights")
+    parser.add_fields(Options, "statistics")
+    parser.add_fields(Metrics, "precision_recall", "kid", "fd_dinov2")
     parser.add("--ablations", str, f"ablations of {ABLATED_MODEL}: all, none, or some of {', '.join(ABLATIONS)}",
                nargs="+", default=["all"], metavar="ABLATION")  # fmt: skip
     parser.add("--ablation_images", int, "images of each ablation, from the table's rows", minimum=1,
@@ -231,6 +235,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add("--dry_run", bool, "print the plan, FLOPs, memory and an estimate of the time, and write nothing")
     args = parser.parse_args(arguments)
     choose_ablations(args.ablations)
+    args.metrics = Metrics(args.precision_recall, args.kid, args.fd_dinov2)
     args.models = [model for model in PRESETS if model in args.models]
     return args
 

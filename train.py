@@ -198,7 +198,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     average = train(
         average.requires_grad_(True), True, args.output_dir / "finish", args.finish_steps, args.lr / 3, 0.99
     )
-    save_safetensors(average.state_dict(), args.output_dir / "checkpoint-last.safetensors", {})
+    save_safetensors(average.state_dict(), args.output_dir / "checkpoint-last.safetensors", {"weights": "ema"})
 
 
 @torch.inference_mode()

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch_fidelity
+from torch import nn
+
+from util.scoring.scores import INCEPTION_FILE
 
 
 @pytest.fixture(scope="module")
@@ -13,3 +19,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the format of torch-fidelity's file."""
+    path = tmp_path_factory.mktemp("inception") / INCEPTION_FILE
+    torch.save({}, path)
+    network_class = torch_fidelity.FeatureExtractorInceptionV3
+    with mock.patch.object(network_class, "load_state_dict"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = network_class("random", ["2048"], feature_extractor_weights_path=path)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.normal_(network.fc.weight, std=0.1)
+    torch.save(network.state_dict(), path)
+    return path

@@ -23,7 +23,7 @@ from util.files import atomic_write, file_digest
 from util.runs.images import decode, to_pixels
 from util.weights.checkpoint import load_weights, save_safetensors
 from util.weights.download import FILES, OUTPUT_DIR
-from util.weights.models import load_model
+from util.weights.models import load_model, note_missing_ema
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +104,38 @@ def test_flat_files_load_from_their_folder(tmp_path, name):
     loaded = load_weights(network, tmp_path, what="mar_tiny")
     assert (loaded.path, loaded.entry) == (tmp_path / name, "flat")
     assert_holds(network, random_weights(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "metadata", "is_marked"),
+    [
+        ("mar-base.safetensors", random_weights(), {}, False),
+        ("mar-base.safetensors", random_weights(), {"weights": "EMA"}, True),
+        ("mar_base_ema.safetensors", random_weights(), {}, True),
+        ("schema.safetensors", random_weights(), {"schema": "semantic"}, False),
+        ("flat.pth", random_weights(), None, False),
+        ("model-ema.pth", random_weights(), None, True),
+        ("checkpoint-last.pth", training_checkpoint(), None, True),
+        ("no-ema.pth", {"model": random_weights()}, None, False),
+    ],
+)
+def test_weights_that_nothing_marks_as_ema_get_a_note(
+    name, contents, metadata, is_marked, tmp_path, capsys, monkeypatch
+):
+    if metadata is None:
+        torch.save(contents, tmp_path / name)
+    else:
+        save_safetensors(contents, tmp_path / name, metadata)
+    loaded = load_weights(Network(), tmp_path / name, what="mar_base")
+    assert loaded.is_marked_as_ema == is_marked
+    note_missing_ema("mar_tiny", loaded)  # whose files are all flat, and averages
+    assert not capsys.readouterr().out
+    note_missing_ema("mar_base", loaded)
+    printed = capsys.readouterr().out
+    assert (name in printed and "EMA" in printed) == (not is_marked)
+    monkeypatch.setenv("RANK", "1")
+    note_missing_ema("mar_base", loaded)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])

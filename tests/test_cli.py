@@ -97,7 +97,7 @@ def test_the_help_shows_every_form_but_the_second_spelling(parser):
         text = one.format_help()
         for action in flags_of(one):
             for option in action.option_strings:
-                assert (option in re.findall(r"--[a-z_-]+", text)) != option.startswith(HIDDEN), option
+                assert (option in re.findall(r"--[a-z0-9_-]+", text)) != option.startswith(HIDDEN), option
             if action.nargs == 0 and action.default is True:
                 assert f"--no-{action.dest}" in action.option_strings
 

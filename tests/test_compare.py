@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 import compare
+from util.scoring.scores import Scores
 
 
 def make_run(folder, *, seed: int = 0, seconds: float = 1.0, fid: float = 10.0, shade: int = 0):
@@ -49,3 +50,20 @@ def test_runs_of_different_seeds_are_not_compared(tmp_path, capsys):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
     assert compare.main(list(map(str, runs))) == 2
     assert "seed" in capsys.readouterr().err
+
+
+def test_scores_by_inception_are_shown_and_scores_of_two_kinds_refused(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    for run in runs:
+        metrics = json.loads((run / "metrics.json").read_text())
+        scores = Scores(2.0, 280.0, 3.0, precision=0.8, recall=0.6, kid_mean=0.0002, kid_std=0.1, fd_dinov2=90.0)
+        metrics = {**metrics, **scores.metrics("inception")}
+        (run / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if "fashion" not in k}))
+    assert compare.main(list(map(str, runs))) == 0
+    table = {line[:26].strip(): line.split()[-3:] for line in capsys.readouterr().out.splitlines()}
+    assert table["FID"] == ["2.000", "2.000", "1.00"] and table["IS"][0] == "280.000"
+    assert (table["precision"][0], table["recall"][0]) == ("0.800", "0.600")
+    assert (table["KID"][0], table["FD-DINOv2"][0]) == ("0.00020", "90.000")
+    other = make_run(tmp_path / "c")
+    assert compare.main([str(runs[0]), str(other)]) == 2
+    assert "scored differently (inception and fashion)" in capsys.readouterr().err

@@ -167,6 +167,94 @@ def test_metrics_tell_what_was_measured(whole):
         assert grid.size == (8 * 66 + 2, 3 * 66 + 2)
 
 
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, whole) -> Path:
+    """A reference file with everything: of a finished run's own images, noise added."""
+    folder = tmp_path_factory.mktemp("reference")
+    chance = np.random.default_rng(0)
+    for path in (whole / "images").glob("*.png"):
+        pixels = np.array(Image.open(path)) // 2 + chance.integers(0, 90, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / path.name)
+    flags = ["--keep_features", "20", "--fd_dinov2", "--features", "fashion", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "load", random_dinov2)
+        assert score_folder(["statistics", str(folder), "--output", str(folder / "reference.npz"), *flags]) == 0
+    return folder / "reference.npz"
+
+
+def random_dinov2(*_: str) -> torch.nn.Module:
+    """A network with random weights in the place of what PyTorch's hub would fetch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 64, 14, 14), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()
+        )
+
+
+MORE_SCORES = ["--precision_recall", "--kid", "--standard_errors"]
+
+
+def test_more_scores_come_from_what_a_finished_run_has_stored(copy, command, monkeypatch, reference, tmp_path):
+    monkeypatch.setattr(program.Sampler, "__call__", None)
+    monkeypatch.setattr(program, "map_images", None)  # no image is made, read or scored again
+    assert run(command(copy, "--statistics", reference, *MORE_SCORES)) == 0
+    report, images = tmp_path / "report.json", str(copy / "images")
+    flags = ["--features", "fashion", "--reference", str(reference), "--json", str(report), "--device", "cpu"]
+    assert score_folder(["evaluate", images, *MORE_SCORES[:2], *flags]) == 0
+    found, expected = (json.loads(path.read_text()) for path in (copy / "metrics.json", report))
+    for name in ("precision", "recall", "kid"):
+        key = f"{name}_fashion_classifier{'_mean' * (name == 'kid')}"
+        assert found[key] == pytest.approx(expected[key], rel=1e-4)
+        assert found["standard_errors"][key] >= 0
+    assert found["standard_errors"]["fid_fashion_classifier"] > 0
+
+
+def test_a_second_extractor_stores_its_features_in_the_same_pass(
+    tmp_path, copy, command, monkeypatch, reference, whole
+):
+    monkeypatch.setattr(torch.hub, "load", random_dinov2)
+    flags = ["--statistics", reference, "--fd_dinov2"]
+    assert run(command(tmp_path / "run", *flags)) == 0
+    assert images(tmp_path / "run") == images(whole)
+    monkeypatch.setattr(program.Sampler, "__call__", None)
+    assert run(command(copy, *flags)) == 0  # those that a finished run lacks come from its PNGs
+    for number in range(NUM_IMAGES // BATCH_SIZE):
+        records = [np.load(folder / "batches" / f"{number:06d}.npz") for folder in (tmp_path / "run", copy, whole)]
+        assert records[0]["dinov2"].shape == (BATCH_SIZE, 1024) and "dinov2" not in records[2]
+        np.testing.assert_array_equal(records[0]["dinov2"], records[1]["dinov2"])
+        np.testing.assert_array_equal(records[1]["features"], records[2]["features"])
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "run", copy)]
+    assert metrics[0]["fd_dinov2"] == metrics[1]["fd_dinov2"] > 0
+    monkeypatch.setattr(program, "map_images", None)
+    assert run(command(copy)) == 0  # the run is still whole without the flag
+    assert_same(copy, whole)
+
+
+def test_several_seeds_make_a_run_each_with_mean_and_spread(tmp_path, command, capsys, monkeypatch, whole):
+    folder = tmp_path / "runs"
+    assert run(command(folder, "--seed", "0,3")) == 0
+    assert images(folder / "seed-0") == images(whole) != images(folder / "seed-3")
+    both = [json.loads((folder / f"seed-{seed}" / "metrics.json").read_text()) for seed in (0, 3)]
+    summary = json.loads((folder / "seeds.json").read_text())
+    fids = [metrics["fid_fashion_classifier"] for metrics in both]
+    assert summary["seeds"] == [0, 3] and summary["num_images"] == NUM_IMAGES
+    assert summary["mean"]["fid_fashion_classifier"] == pytest.approx(np.mean(fids))
+    assert summary["spread"]["fid_fashion_classifier"] == pytest.approx(np.std(fids, ddof=1))
+    assert "seeds 0, 3, 24 images each: mean ± standard deviation" in capsys.readouterr().out
+    # A command that was cut off goes on, and a third seed may come later.
+    (folder / "seeds.json").unlink()
+    (folder / "seed-3" / "batches" / "000005.npz").unlink()
+    assert run(command(folder, "--seed", "0,3")) == 0
+    assert json.loads((folder / "seeds.json").read_text())["mean"]["fid_fashion_classifier"] == np.mean(fids)
+    assert run(command(folder / "seed-0", "--seed", "0,3")) == 2
+    assert "holds the run of a single seed" in capsys.readouterr().err
+    monkeypatch.setattr(program.Sampler, "__call__", None)
+    assert run(command(folder, "--seed", "3,0")) == 0
+    # Every folder is checked before the first run.
+    assert run(command(folder, "--seed", "7,0", "--start_step", "2")) == 2
+    assert "seed-0 holds a run with other settings" in capsys.readouterr().err and not (folder / "seed-7").exists()
+
+
 # Nothing is lost
 
 
@@ -449,6 +537,16 @@ def foreign_folder(tmp_path: Path) -> Path:
         (["--eval_bsz", "99999999"], "--eval_bsz 99999999 does not fit"),
         (["--num_images", "0"], "--num_images must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", "0,-1"], "--seed must be at least 0, not -1"),
+        (["--seed", "2,2"], "--seed takes one seed or several different ones, not 2,2"),
+        (["--seed", ","], "--seed takes one seed or several different ones, not none"),
+        (["--precision_recall"], "fashion_classifier_stats.npz holds mean and covariance alone"),
+        (["--kid"], "--kid needs features of the reference images"),
+        (["--fd_dinov2"], "--fd_dinov2 needs DINOv2's mean and covariance of the reference images"),
+        (["--precision_recall", "--num_images", "3"], "--precision_recall takes at least 4 images"),
+        (["--standard_errors", "--num_images", "9"], "--standard_errors takes at least 10 images"),
+        (["--kid", "--no-score"], "--kid has no use with --no-score"),
+        (["--kid", "--class_labels", "3"], "--kid has no use with --class_labels"),
         (["--class_labels", "3,10"], "--class_labels must be classes of mar_tiny, from 0 to 9"),
         (["--class_labels", "-1"], "--class_labels"),
         (["--class_labels", ""], "--class_labels"),

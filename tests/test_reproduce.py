@@ -33,12 +33,13 @@ from util.job.processes import launch
 from util.report import figures
 from util.report.table import other_settings
 from util.reproduction.ablations import ABLATIONS
-from util.reproduction.jackknife import Spread, difference, groups_of_images, jackknife
 from util.reproduction.paper import METHODS, TABLE
 from util.reproduction.redundancy import ROW_GROUPS, measure_redundancy, trace
 from util.reproduction.results import Comparison, Conditions, Inputs, Record, Redundancy, Results, Row
 from util.reproduction.study import inputs_of
 from util.runs.options import check, parse_options
+from util.scoring.jackknife import Spread, difference, groups_of_images, jackknife
+from util.scoring.scores import Statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split(
@@ -130,6 +131,25 @@ def test_more_ablation_images_than_there_will_be_are_refused_before_long_work(tm
     assert run(tmp_path / "run", "--ablation_images", 21) == 2
     assert "--ablation_images must be at most the 20" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# More scores
+
+
+def test_more_scores_come_from_the_runs_that_are_there_and_are_reported(copy, monkeypatch, tmp_path):
+    features = torch.rand(30, 128, generator=torch.Generator().manual_seed(0))
+    Statistics.from_features(features, keep=None).save(tmp_path / "reference.npz")
+    monkeypatch.setattr("eval.Sampler.__call__", None)
+    monkeypatch.setattr(program, "compare_steps", lambda *_: None)  # samples by itself
+    assert run(copy, "--precision_recall", "--kid", "--statistics", tmp_path / "reference.npz") == 0
+    row = results(copy)["mar_tiny-lazymar"].result
+    metrics = json.loads((copy / "mar_tiny" / "lazymar" / "metrics.json").read_text())
+    assert row.evaluation.precision == metrics["precision_fashion_classifier"]
+    assert row.evaluation.kid == metrics["kid_fashion_classifier_mean"]
+    assert page.main(["--results", str(copy)]) == 0
+    text = (copy / "report.html").read_text()
+    assert f"recall {row.evaluation.recall:.3f}" in text and f"KID {row.evaluation.kid:.5f}" in text
+    assert "FD-DINOv2" not in text
 
 
 # Random selection

@@ -55,23 +55,6 @@ def folders(sample, tmp_path_factory) -> tuple[Path, Path]:
     return write_images(root / "a", images[:12] // 2 + noise), write_images(root / "b", images[-13:])
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory) -> Path:
-    """Random weights in the format of torch-fidelity's file."""
-    path = tmp_path_factory.mktemp("inception") / scoring.INCEPTION_FILE
-    torch.save({}, path)
-    network_class = torch_fidelity.FeatureExtractorInceptionV3
-    with mock.patch.object(network_class, "load_state_dict"), torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = network_class("random", ["2048"], feature_extractor_weights_path=path)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.normal_(network.fc.weight, std=0.1)
-    torch.save(network.state_dict(), path)
-    return path
-
-
 def run_score(*arguments: object) -> int:
     return score_script.main([str(argument) for argument in (*arguments, "--device", "cpu")])
 

@@ -88,6 +88,7 @@ class Parser(argparse.ArgumentParser):
         minimum: float | None = None,
         maximum: float | None = None,
         above: float | None = None,
+        alias: str | None = None,
         group: argparse._ArgumentGroup | None = None,
         **settings: Any,
     ) -> None:
@@ -105,8 +106,9 @@ class Parser(argparse.ArgumentParser):
             minimum:       the least number allowed.
             maximum:       the greatest number allowed; it needs a minimum.
             above:         a number that is too small by itself, in place of a minimum.
+            alias:         a second name of the flag.
             group:         the group that the help lists the flag in.
-            settings:      goes to `argparse.ArgumentParser.add_argument`: `nargs`, `required`.
+            settings:      goes to `argparse.ArgumentParser.add_argument`: `nargs`, `required`, `dest`.
         """
         if default_text is None and default is not None and default is not False:
             default_text = _written(default)
@@ -140,7 +142,8 @@ class Parser(argparse.ArgumentParser):
                 return value
 
             read.__name__ = kind.__name__ if kind in (int, float) else str(metavar)  # for "invalid ... value"
-            to.add_argument(name, type=read, metavar=metavar, choices=choices, **settings)
+            names = filter(None, (name, alias))
+            to.add_argument(*names, type=read, metavar=metavar, choices=choices, **settings)
 
     def add_fields(
         self,
@@ -192,7 +195,10 @@ def _check_range(
     above: float | None = None,
     **_: Any,
 ) -> None:
-    """Raise InputError if a value is a number and not finite, or outside the limits."""
+    """Raise InputError if a value is a number, or several, and not finite or outside the limits."""
+    if isinstance(value, tuple):
+        for item in value:
+            _check_range(name, item, minimum, maximum, above)
     if not isinstance(value, (int, float)):
         return
     if (

@@ -11,7 +11,7 @@ from models import PRESETS
 from util.report.findings import Findings
 from util.report.words import number, row_title
 from util.reproduction.paper import METHODS, PARAMETERS, TABLE
-from util.reproduction.results import Record, Row
+from util.reproduction.results import Evaluation, Record, Row
 from util.runs.options import Options
 
 LABELS = ("Model", "FID", "IS", "s per image", "TFLOPs", "Parameters", "Speed-up")
@@ -56,9 +56,10 @@ def cells(row: Row, baseline: Row | None) -> list[Cell]:
             details.append(f"paper {paper.speed_up:.2f}")
         speed_up = Cell(f"{baseline.flops.total / row.flops.total:.2f}×", " FLOPs", details)
     counted = {"paper": paper.tflops, "code": paper.counted_tflops} if paper else {}
+    fid = beside_paper(evaluation.fid if evaluation else None, paper.fid if paper else None, 2)
     return [
         Cell(row_title(row.model, row.method)),
-        beside_paper(evaluation.fid if evaluation else None, paper.fid if paper else None, 2),
+        fid._replace(details=[*fid.details, *(more_scores(evaluation) if evaluation else ())]),
         beside_paper(
             evaluation.inception_score if evaluation else None,
             paper.inception_score if paper else None,
@@ -78,6 +79,17 @@ def cells(row: Row, baseline: Row | None) -> list[Cell]:
         ),
         speed_up,
     ]
+
+
+def more_scores(evaluation: Evaluation) -> list[str]:
+    """The scores besides FID and Inception Score, those that were computed."""
+    scores = {
+        "precision": (evaluation.precision, 3),
+        "recall": (evaluation.recall, 3),
+        "KID": (evaluation.kid, 5),
+        "FD-DINOv2": (evaluation.fd_dinov2, 1),
+    }
+    return [f"{name} {value:.{digits}f}" for name, (value, digits) in scores.items() if value is not None]
 
 
 def beside_paper(own: float | None, paper: float | None, digits: int) -> Cell:

@@ -6,9 +6,9 @@ import math
 
 from markupsafe import Markup, escape
 
-from util.reproduction.jackknife import Spread, difference
 from util.reproduction.paper import TABLE
 from util.reproduction.results import Comparison
+from util.scoring.jackknife import Spread, difference
 
 MODEL_NAMES = {"mar_base": "B", "mar_large": "L", "mar_huge": "H", "mar_tiny": "tiny"}
 

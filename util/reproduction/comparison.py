@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from util.reproduction.jackknife import groups_of_images, jackknife
 from util.reproduction.results import Comparison, Evaluation
 from util.runs.options import CheckedOptions
 from util.runs.run import run_folder
+from util.scoring.jackknife import groups_of_images, jackknife
 from util.scoring.scores import FEATURES_DIMS, Statistics, score
 
 

@@ -24,8 +24,9 @@ from models.lazymar.flops import Flops
 from util import machine
 from util.errors import InputError
 from util.files import atomic_write
-from util.reproduction.jackknife import Spread
 from util.reproduction.timing import Latency
+from util.scoring.jackknife import Spread
+from util.scoring.scores import Scores
 
 FORMAT = 3  # of the files; raised when a field changes
 
@@ -58,22 +59,28 @@ class Evaluation(Result):
     sampling_seconds: float | None  # per image
     flops_per_image: int
     notes: list[str]  # on the scores
+    precision: float | None = None
+    recall: float | None = None
+    kid: float | None = None
+    fd_dinov2: float | None = None
 
     @classmethod
     def of_metrics(cls, metrics: Mapping[str, Any]) -> Evaluation:
         """The evaluation that `metrics.json` holds, whichever network it was scored with."""
 
-        def first(*names: str) -> float | None:
-            return next((metrics[name] for name in names if metrics.get(name) is not None), None)
-
+        _, scores = Scores.of_metrics(metrics)
         return cls(
             num_images=metrics["num_images"],
-            fid=first("frechet_inception_distance", "fid_fashion_classifier"),
-            inception_score=first("inception_score_mean", "isc_fashion_classifier_mean"),
-            seconds_per_image=first("seconds_per_image"),
-            sampling_seconds=first("sampling_seconds"),
+            fid=scores.fid,
+            inception_score=scores.is_mean,
+            seconds_per_image=metrics.get("seconds_per_image"),
+            sampling_seconds=metrics.get("sampling_seconds"),
             flops_per_image=metrics["flops_per_image"],
-            notes=list(metrics.get("notes", ())),
+            notes=list(scores.notes),
+            precision=scores.precision,
+            recall=scores.recall,
+            kid=scores.kid_mean,
+            fd_dinov2=scores.fd_dinov2,
         )
 
 
@@ -235,12 +242,14 @@ class Inputs:
                      used.
     num_images:      that were compared or looked at, if not all of the run's.
     baseline_images: in the run that is compared with.
+    metrics:         flags of the metrics besides FID and Inception Score.
     """
 
     settings: dict[str, Any]
     files: dict[str, str | None]
     num_images: int | None = None
     baseline_images: int | None = None
+    metrics: list[str] = dataclasses.field(default_factory=list)
 
     def differ_in_policy_alone(self, other: Inputs) -> bool:
         """True if results of both inputs differ at most in the policy and in how many images were made with it."""

@@ -19,7 +19,7 @@ from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablatio
 from util.reproduction.paper import METHODS
 from util.reproduction.results import Inputs
 from util.runs.options import CheckedOptions, Options, check
-from util.scoring.scores import load_extractor
+from util.scoring.scores import FID_AND_IS, Metrics, load_extractor
 
 ABLATION_IMAGES = 500
 
@@ -37,6 +37,8 @@ class Study:
     device: str
     dtype: str
     inception_weights: Path | None
+    statistics: Path | None
+    metrics: Metrics
     ablations: Sequence[str]
     ablation_images: int | None
     output_dir: Path
@@ -67,6 +69,7 @@ class Study:
         """The options of the evaluation of a model with a policy, which is either one of the table's methods or a
         setting of an ablation. A policy that several ablations have in common is evaluated once, under one name."""
         is_official = model != ABLATED_MODEL
+        is_meant = is_official or list(self.models) == [ABLATED_MODEL]  # by flags that go with one kind of features
         method = next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
         if method is not None:
             folder, num_images = Path(method.lower()), self.num_images or (50_000 if is_official else 2_000)
@@ -90,6 +93,8 @@ class Study:
                 device=self.device,
                 dtype=self.dtype,
                 inception_weights=self.inception_weights if is_official else None,
+                statistics=self.statistics if is_meant else None,
+                metrics=self.metrics if is_meant and method is not None else FID_AND_IS,
                 output_dir=self.output_dir / model / folder,
                 overwrite=self.overwrite,
             )

@@ -50,6 +50,7 @@ class Batch:
     pixels: np.ndarray | None = None  # uint8 [n, H, W, 3]
     features: np.ndarray | None = None  # float32 [n, F], for FID
     logits: np.ndarray | None = None  # float32 [n, K], for IS
+    dinov2: np.ndarray | None = None  # float32 [n, 1024], for FD-DINOv2
     sample_seconds: float = math.nan
     decode_seconds: float = math.nan
     score_seconds: float = math.nan
@@ -71,6 +72,7 @@ class RunFolder:
     image_size: int  # pixels per side
     extractor: str | None  # what the features must come from, by a name that changes with its weights; None: no scores
     saved: Callable[[int], bool]  # says whether an image's PNG is wanted, given the image's number
+    dinov2: str | None = None  # as `extractor`, for DINOv2's features; None: they are not wanted
 
     @property
     def num_images(self) -> int:
@@ -112,6 +114,10 @@ class RunFolder:
                     lengths |= {len(record["features"]), len(record["logits"])}
                     if record["extractor"].item() != self.extractor:
                         return False
+                if self.dinov2 is not None:
+                    lengths.add(len(record["dinov2"]))
+                    if record["dinov2_extractor"].item() != self.dinov2:
+                        return False
         except Exception:  # a damaged archive fails in zipfile, zlib or NumPy's header parser, each with its own
             return False
         wanted = [(index, size) for index, size in zip(self.indices(number), sizes) if self.saved(index)]
@@ -127,10 +133,13 @@ class RunFolder:
             )
 
     def _disk_need(self, batches: Sequence[int]) -> int:
-        """Bytes that batches take, generously: a photograph's PNG 0.7 of its pixels, Inception's features 12.5 KB."""
+        """Bytes that batches take, generously: a photograph's PNG 0.7 of its pixels, Inception's features 12.5 KB.
+
+        DINOv2's features take 4.2 KB.
+        """
         images = [index for number in batches for index in self.indices(number)]
         png = int(0.7 * 3 * self.image_size**2) + DISK_BLOCK
-        features = 0 if self.extractor is None else 12_500
+        features = (0 if self.extractor is None else 12_500) + (0 if self.dinov2 is None else 4_200)
         return sum(map(self.saved, images)) * png + len(images) * features + len(batches) * 2 * DISK_BLOCK
 
     # Reading and writing
@@ -155,6 +164,8 @@ class RunFolder:
         if self._is_finished(batch.number):
             return
         values = {name: getattr(batch, name) for name in RECORDED if getattr(batch, name) is not None}
+        if batch.dinov2 is not None:
+            values["dinov2_extractor"] = np.array(self.dinov2 or "")
         record = io.BytesIO()
         np.savez(record, **values, png_bytes=np.array(sizes), extractor=np.array(self.extractor or ""))
         self.write(f"batches/{self.batch_path(batch.number).name}", record.getvalue())
@@ -245,6 +256,11 @@ def open_folder(
         for file in folder.glob("*.partial"):
             file.unlink(missing_ok=True)
     return settings
+
+
+def check_folder(path: Path, settings: dict) -> None:
+    """Raise InputError if a folder, which need not be there, holds a run that was begun with other settings."""
+    _check_settings(path, _read(path)[0], settings)
 
 
 def _check_settings(path: Path, there: dict, settings: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from models.lazymar.flops import Flops
 from util.runs.folder import Batch
 from util.runs.options import Options
-from util.scoring.scores import Extractor, Statistics, score
+from util.scoring.scores import KEYS, Extractor, Statistics, score, with_standard_errors
 
 
 def summarise(
@@ -37,7 +37,13 @@ def summarise(
     if extractor is not None and reference is not None:
         features = torch.from_numpy(np.concatenate([batch.features for batch in batches]))
         logits = torch.from_numpy(np.concatenate([batch.logits for batch in batches]))
-        scores = score(features, logits, reference)
+        dinov2 = None
+        if options.metrics.fd_dinov2:
+            dinov2 = torch.from_numpy(np.concatenate([batch.dinov2 for batch in batches]))
+        scores = score(features, logits, reference, options.metrics, dinov2, progress=True)
+        if options.metrics.standard_errors:
+            labels = [label for batch in batches for label in batch.labels]
+            scores = with_standard_errors(scores, features, logits, reference, options.metrics, dinov2, labels)
         metrics.update(scores.metrics(extractor.name), notes=scores.notes)
         table.append(scores.table(extractor.name))
 
@@ -57,3 +63,30 @@ def summarise(
     metrics["images_by_worker"] = images_by_worker
     table.append(f"TFLOPs per image {flops.total / 1e12:.4g}")
     return metrics, "\n".join(table)
+
+
+def summarise_seeds(runs: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Compute mean and spread over runs that differ in their seeds, and a table of them for a person.
+
+    Args:
+        runs: what `metrics.json` of each run holds, by seed.
+
+    Returns:
+        A dict of `seeds`, `num_images` of each run, and the `mean` and `spread` of each number that all runs have; the
+        spread is the sample standard deviation. Then the table.
+    """
+    names = [
+        *(key for keys in KEYS.values() for key in keys.values() if not key.endswith("_std")),
+        "seconds_per_image",
+        "sampling_seconds",
+    ]
+    all_values: dict[str, Any] = {
+        name: [metrics.get(name) for metrics in runs.values()] for name in dict.fromkeys(names)
+    }
+    values = {name: of_runs for name, of_runs in all_values.items() if None not in of_runs}
+    mean = {name: float(np.mean(of_runs)) for name, of_runs in values.items()}
+    spread = {name: float(np.std(of_runs, ddof=1)) for name, of_runs in values.items()}
+    num_images = next(iter(runs.values()))["num_images"]
+    lines = [f"seeds {', '.join(map(str, runs))}, {num_images:,} images each: mean ± standard deviation"]
+    lines += [f"{name:32s} {mean[name]:.4g} ± {spread[name]:.2g}" for name in values]
+    return {"seeds": list(runs), "num_images": num_images, "mean": mean, "spread": spread}, "\n".join(lines)

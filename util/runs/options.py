@@ -15,9 +15,10 @@ from models import MAR, PRESETS, CachePolicy, Preset, create_model
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.plan import CFG_SCHEDULES, Plan, make_plan
 from models.lazymar.sampler import SAMPLER_VERSION
-from util.cli import Parser, check_ranges, flag
+from util.cli import Parser, check_ranges, flag, numbers
 from util.errors import InputError
 from util.machine import DTYPES, ROOT, dtype_name
+from util.scoring.scores import FID_AND_IS, Metrics, check_count
 
 
 def labels_of_images(indices: Iterable[int], num_classes: int) -> list[int]:
@@ -53,6 +54,7 @@ class Options:
     temperature: float = flag(1.0, "scale of the noise that the diffusion head adds at each denoising step", minimum=0)
     num_sampling_steps: int = flag(100, "denoising steps of the diffusion head", minimum=2, maximum=1000)
     seed: int = flag(0, "seed; with an image's number, it decides everything random about the image", minimum=0)
+    more_seeds: tuple[int, ...] = ()  # of further runs with the same settings
     cache: CachePolicy | None = None  # None: the baseline
     device: str = flag("auto", "where to compute; auto is a GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(
@@ -71,7 +73,8 @@ class Options:
     )
     statistics: Path | None = flag(
         None,
-        "mean and covariance of the real images that FID compares with (.npz)",
+        "mean and covariance of the real images that FID compares with (.npz), and features of a sample of them for "
+        "--precision_recall and --kid, as score.py makes it",
         metavar="FILE",
         default_text="the model's, in pretrained_models",
     )
@@ -89,6 +92,7 @@ class Options:
     )
     save_images: bool = flag(True, "write every image as a PNG; if off, only those of the image grid")
     score: bool = flag(True, "compute FID and Inception Score; if off, no statistics are needed")
+    metrics: Metrics = FID_AND_IS  # besides FID and Inception Score
     overwrite: bool = flag(False, "delete the run that --output_dir holds, and start anew")
 
     @property
@@ -170,6 +174,10 @@ def check(options: Options) -> CheckedOptions:
             raise InputError(f"--class_labels must be classes of {options.model}, from 0 to {model.class_num - 1}")
         options = dataclasses.replace(options, num_images=len(options.class_labels), score=False)
     check_ranges(options)
+    if options.metrics.flags and not options.score:
+        without = "--no-score" if options.class_labels is None else "--class_labels"
+        raise InputError(f"{options.metrics.flags[0]} has no use with {without}, which makes no scores: leave one out")
+    check_count(options.metrics, options.num_images, "--num_images is", "make more images.")
     cfg = preset.cfg if options.cfg is None else options.cfg
     try:
         options.plan  # noqa: B018
@@ -203,11 +211,29 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     Raises InputError for unknown flags, for values that cannot be read, and for a policy's flag without --lazy_mar.
     """
     parser = Parser(description, usage="%(prog)s [flags]")
-    parser.add_fields(Options)
+    names = [field.name for field in dataclasses.fields(Options) if "help" in field.metadata]
+    before, after = names[: names.index("seed")], names[names.index("seed") + 1 :]
+    parser.add_fields(Options, *before)
+    parser.add(
+        "--seed",
+        numbers,
+        "seed; with an image's number, it decides everything random about the image. Several make a run each, and mean "
+        "and spread of their scores",
+        default=(Options.seed,),
+        minimum=0,
+        metavar="SEED,...",
+    )
+    parser.add_fields(Options, *after)
+    parser.add_fields(Metrics)
     group = parser.add_argument_group("LazyMAR", "what is cached, and for how long; the defaults are the paper's")
     parser.add("--lazy_mar", bool, "sample with LazyMAR's caches; the flags below need it", group=group)
     parser.add_fields(CachePolicy, only_if_given=True, group=group)
     given = vars(parser.parse_args(arguments))
+    seeds = given.pop("seed")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seed takes one seed or several different ones, not {','.join(map(str, seeds)) or 'none'}")
+    given.update(seed=seeds[0], more_seeds=tuple(seeds[1:]))
+    given["metrics"] = Metrics(**{field.name: given.pop(field.name) for field in dataclasses.fields(Metrics)})
     names = [field.name for field in dataclasses.fields(CachePolicy)]
     policy = {name: given.pop(name) for name in names if name in given}
     if not given.pop("lazy_mar"):

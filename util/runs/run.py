@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 
 from util import machine
 from util.errors import InputError
-from util.files import file_digest
+from util.files import atomic_write, file_digest
 from util.job.processes import Job
 from util.job.progress import Progress, StepProgress
 from util.job.watch import command_line, nothing
 from util.job.writers import Writers
-from util.runs.folder import Batch, RunFolder, open_folder
+from util.runs.folder import Batch, RunFolder, check_folder, open_folder
 from util.runs.images import encode_png, image_grid
 from util.runs.memory import check_memory, out_of_memory_explained
-from util.runs.metrics import summarise
+from util.runs.metrics import summarise, summarise_seeds
 from util.runs.options import CheckedOptions, Options, check
-from util.scoring.scores import FEATURES_DIMS, Extractor, Statistics, load_extractor
+from util.scoring.scores import DINOV2, FEATURES_DIMS, Extractor, Statistics, load_extractor
 from util.weights.checkpoint import find_weights
 
 GRID_IMAGES = 80  # in grid.png: 8 of each class where there are 10
@@ -123,6 +125,45 @@ class Run:
         self.folder.write("grid.png", encode_png(image_grid([self.folder.read_image(index) for index in shown])))
 
 
+def evaluate_seeds(job: Job, given: Options, evaluate: Callable[[Job, Options], dict]) -> dict:
+    """Evaluate the same settings with several seeds, each in a folder of its own, and write mean and spread.
+
+    The runs are in `seed-0`, `seed-1` and so on of `--output_dir`, by default that of a single run with "-seeds" at its
+    end; `seeds.json` beside them holds the summary. Each run goes on where it was cut off.
+
+    Raises:
+        InputError: as `evaluate`; or the folder holds the run of a single seed.
+    """
+    options = check(given)
+    folder = given.output_dir or options.output_dir.with_name(f"{options.output_dir.name}-seeds")
+    runs = {
+        seed: dataclasses.replace(given, seed=seed, more_seeds=(), output_dir=folder / f"seed-{seed}")
+        for seed in (given.seed, *given.more_seeds)
+    }
+
+    def check_folders() -> None:
+        if (folder / "run.json").exists():
+            raise InputError(f"--output_dir {folder} holds the run of a single seed: choose another folder for several")
+        device = machine.choose_device(given.device, job.local_rank)
+        for seed, run in runs.items():
+            if not given.overwrite:
+                settings = check(run).settings(device, machine.choose_dtype(given.dtype, device))
+                check_folder(folder / f"seed-{seed}", settings)
+
+    job.share(check_folders)
+    metrics = {seed: evaluate(job, run) for seed, run in runs.items()}
+
+    def write() -> dict:
+        summary, table = summarise_seeds(metrics)
+        with atomic_write(folder / "seeds.json") as partial:
+            partial.write_text(json.dumps(summary, indent=2))
+        print(f"\n{table}\nwritten to {folder / 'seeds.json'}", flush=True)
+        return summary
+
+    with disk_faults_explained(folder):
+        return job.share(write)
+
+
 def open_run(job: Job, given: Options) -> Run:
     """Open the folder of a run, once all is checked that can be checked before long work.
 
@@ -138,7 +179,9 @@ def open_run(job: Job, given: Options) -> Run:
     if device.type == "cpu" and dtype.itemsize == 2 and not machine.cpu_computes_in_bfloat16():
         job.print0(f"note: this processor does not compute in {options.dtype}: --dtype float32 is many times faster")
     features = options.preset.features
-    reference = Statistics.load(options.statistics, FEATURES_DIMS[features]) if options.score else None
+    reference = None
+    if options.score:
+        reference = Statistics.load(options.statistics, FEATURES_DIMS[features], options.metrics)
     weights = {options.model: options.resume, "the VAE": options.vae_path}
     files = {what: find_weights(path, what) for what, path in weights.items()}
     check_memory(options.meta_model, options.eval_bsz, options.cfg, options.cache, dtype, device)
@@ -155,9 +198,11 @@ def open_run(job: Job, given: Options) -> Run:
         )
     extractor = None
     if options.score:  # rank 0 goes first: it may have to download the weights
-        extractor = job.in_turn(lambda: load_extractor(features, options.inception_weights, device))
-    scored_by = f"{features} {machine.weights_digest(extractor.network)}" if extractor is not None else None
-    folder = run_folder(options, scored_by)
+        with_dinov2 = options.metrics.fd_dinov2
+        extractor = job.in_turn(
+            lambda: load_extractor(features, options.inception_weights, device, with_dinov2=with_dinov2)
+        )
+    folder = run_folder(options, extractor)
 
     def find_work() -> list[int]:
         unfinished = folder.unfinished()
@@ -173,14 +218,20 @@ def open_run(job: Job, given: Options) -> Run:
     return Run(job, options, device, dtype, settings, folder, unfinished, extractor, reference)
 
 
-def run_folder(options: CheckedOptions, extractor: str | None = None) -> RunFolder:
-    """The folder of a run, given its options; `extractor` as `RunFolder` has it."""
+def run_folder(options: CheckedOptions, extractor: Extractor | None = None) -> RunFolder:
+    """The folder of a run, given its options and the extractor that its features must come from, if any."""
+    scored_by = dinov2 = None
+    if extractor is not None:
+        scored_by = f"{extractor.name} {machine.weights_digest(extractor.network)}"
+        if extractor.dinov2 is not None:
+            dinov2 = f"{DINOV2} {machine.weights_digest(extractor.dinov2)}"
     return RunFolder(
         path=options.output_dir,
         labels=options.labels(),
         batch_size=options.eval_bsz,
         image_size=options.meta_model.img_size,
-        extractor=extractor,
+        extractor=scored_by,
+        dinov2=dinov2,
         saved=lambda index: options.save_images or index < GRID_IMAGES,
     )
 

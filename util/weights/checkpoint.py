@@ -34,6 +34,7 @@ class LoadedWeights:
 
     path: Path  # the file, also where a folder was named
     entry: str  # "model_ema" or "model" of a training checkpoint; "flat" for a plain state dict
+    is_marked_as_ema: bool  # by its entry, the file's name or its metadata
 
 
 def load_weights(
@@ -90,7 +91,7 @@ def load_weights(
             assert not buffer.is_meta, f"{type(owner).__name__}.{name} is on the meta device and in no checkpoint"
             if device is not None:
                 setattr(owner, name, buffer.to(device))
-    return LoadedWeights(path, entry)
+    return LoadedWeights(path, entry, entry == "model_ema" or (entry == "flat" and _is_marked_as_ema(path)))
 
 
 def save_safetensors(
@@ -175,6 +176,14 @@ def _read(path: Path) -> dict:
     if not isinstance(contents, dict):
         raise InputError(f"{path} holds a {type(contents).__name__}, not a dict of weights; get it again")
     return contents
+
+
+def _is_marked_as_ema(path: Path) -> bool:
+    """True if the name of a file, or the metadata of a `.safetensors` file, says that its weights are averages."""
+    words = path.name
+    with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, framework="pt") as file:
+        words += f" {file.metadata()}"
+    return re.search(r"(?<![a-z])ema(?![a-z])", words.lower()) is not None
 
 
 def _namespace_allowed() -> contextlib.AbstractContextManager:

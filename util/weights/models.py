@@ -10,7 +10,7 @@ import torch
 from models import MAR, PRESETS, AutoencoderKL, cast_model, create_model, pack_linear_layers
 from models.vae import for_inference
 from util.machine import ROOT, choose_device, choose_dtype
-from util.weights.checkpoint import load_weights
+from util.weights.checkpoint import LoadedWeights, load_weights
 
 
 def load_model(
@@ -40,9 +40,24 @@ def load_model(
     device = choose_device("auto") if device is None else torch.device(device)
     dtype = choose_dtype("auto", device) if dtype is None else dtype
     path, vae_path = weights or ROOT / PRESETS[name].checkpoint, vae_weights or ROOT / PRESETS[name].vae_path
-    load_weights(model, path, what=name, device=device, identify=identify_model)
+    loaded = load_weights(model, path, what=name, device=device, identify=identify_model)
+    note_missing_ema(name, loaded)
     load_weights(vae, vae_path, what="the VAE", device=device, ignore_prefixes=["loss."])
     return _ready(model, vae, dtype)
+
+
+def note_missing_ema(name: str, loaded: LoadedWeights) -> None:
+    """Print a note, once for all processes, if nothing says that an official model's weights are averaged (EMA).
+
+    The official checkpoints hold both. Files that others have made of them hold one, which need not be the average.
+    """
+    is_official = PRESETS[name].checkpoint.endswith(".pth")
+    if is_official and not loaded.is_marked_as_ema and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: nothing says that {loaded.path} holds EMA weights, which the published scores are of; other "
+            "weights score much worse, and the official checkpoints hold both",
+            flush=True,
+        )
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[MAR, AutoencoderKL]:
