@@ -19,7 +19,7 @@ from util.scoring.scores import Extractor
 from util.weights import checkpoint, models
 
 GPU = torch.device("cuda", 0)
-BATCH, STEPS = 128, 64
+BATCH, STEPS = 128, 24  # as few steps as have each kind: refreshes, lazy ones with all rows and with some
 
 
 def follows_devices() -> bool:
