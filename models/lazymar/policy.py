@@ -30,7 +30,9 @@ class CachePolicy:
     )
     min_margin: int = _option(15, "rows kept at least, besides those predicted at this step and the one before")
     selection: str = _option(
-        "similarity", "which rows pass the prune layer: the least similar, or any", metavar="{similarity,random}"
+        "similarity",
+        "which rows pass the prune layer: the least similar, or any",
+        metavar="{" + ",".join(SELECTIONS) + "}",
     )
     head_refresh_interval: int = _option(7, "denoising steps whose index is a multiple of this run the head in full")
     head_skipped_blocks: tuple[int, ...] = _option((1, 2, 3, 4), "head blocks replaced by what they last added")

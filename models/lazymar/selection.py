@@ -58,6 +58,7 @@ class Chance:
         """Keep nothing."""
 
 
+# By the names that `policy.SELECTIONS` lists.
 RULES: dict[str, type[Similarity | Chance]] = {"similarity": Similarity, "random": Chance}
 
 

@@ -458,9 +458,11 @@ def with_standard_errors(
     of_parts = replace(metrics, standard_errors=False)
     names = [name for name in KEYS["inception"] if getattr(scores, name) is not None and not name.endswith("_std")]
 
-    with tqdm(total=GROUPS + 1, unit="scoring", desc="standard errors") as bar:
+    with tqdm(total=GROUPS, unit="scoring", desc="standard errors") as bar:
 
         def measure(chosen: np.ndarray) -> list[float]:
+            if chosen.all():
+                return [getattr(scores, name) for name in names]
             mask = torch.from_numpy(chosen)
             part = score(features[mask], logits[mask], reference, of_parts, None if dinov2 is None else dinov2[mask])
             bar.update()
