@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import sys
@@ -16,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from models import Sampler
 from models.lazymar.flops import Flops
-from models.lazymar.plan import Step
 from util.runs.options import labels_of_images
 
 SLOW_MATMUL_SECONDS = 0.1  # no larger ones are timed then
@@ -54,10 +52,6 @@ class Latency:
         return f"extrapolated by FLOPs from the first {self.timed_steps} of {self.num_iter} steps"
 
 
-class _TimeIsUp(Exception):
-    pass
-
-
 def time_sampling(
     sampler: Sampler, batch_size: int, flops_per_step: Sequence[Flops] = (), limit: float = math.inf
 ) -> Latency:
@@ -67,23 +61,21 @@ def time_sampling(
     `flops_per_step`; a GPU is not interrupted.
     """
     labels = torch.tensor(labels_of_images(range(batch_size), sampler.model.class_num))
-    done: list[Step] = []
-
-    def on_step(step: Step) -> None:
-        done.append(step)
-        if sampler.device.type == "cpu" and time.perf_counter() - start > limit:
-            raise _TimeIsUp
+    done = 0
 
     def batch() -> None:
-        with contextlib.suppress(_TimeIsUp):
-            sampler(labels, on_step=on_step)
+        nonlocal done
+        start = time.perf_counter()
+        for _ in sampler.steps(labels, None, sampler.empty_latents(batch_size)):
+            done += 1
+            if sampler.device.type == "cpu" and time.perf_counter() - start > limit:
+                return
 
-    start = time.perf_counter()
     seconds = timed(batch, sampler.device)
     flops = [step.total for step in flops_per_step]
-    if 0 < len(done) < len(flops):
-        seconds *= sum(flops) / sum(flops[: len(done)])
-    return Latency(seconds, len(done), len(sampler.plan))
+    if 0 < done < len(flops):
+        seconds *= sum(flops) / sum(flops[:done])
+    return Latency(seconds, done, len(sampler.plan))
 
 
 # The device
