@@ -208,15 +208,18 @@ def test_selection_is_a_flag_of_eval():
 def test_flops_per_step_sum_to_the_total_and_follow_the_plan():
     with torch.device("meta"):
         model = create_model("mar_tiny")
-    plan = make_plan(model.seq_len, model.buffer_size, num_iter=16, cfg=4.0, policy=None)
-    for policy in (None, CachePolicy(), CachePolicy(selection="random")):
-        steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
+    plans = {
+        policy: make_plan(model.seq_len, model.buffer_size, num_iter=16, cfg=4.0, num_sampling_steps=10, policy=policy)
+        for policy in (None, CachePolicy(), CachePolicy(selection="random"))
+    }
+    for policy, plan in plans.items():
+        steps = flops_per_step(model, plan)
         total = count_flops(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=policy)
         assert len(steps) == 16 and all(min(step) > 0 for step in steps)
         assert Flops(*map(sum, zip(*steps))) == total
         per_token = {step.head / (planned.stop - planned.start) for step, planned in zip(steps[1:], list(plan)[1:])}
         assert len(per_token) == 1
-    steps = flops_per_step(model, num_iter=16, cfg=4.0, num_sampling_steps=10, cache=CachePolicy())
+    steps = flops_per_step(model, plans[CachePolicy()])
     transformer = [step.encoder + step.decoder for step in steps]
     assert transformer[14] > 2 * transformer[13], "step 14 is the refresh after step 5"
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.lazymar.head import HeadSampler
-from models.lazymar.plan import make_plan
+from models.lazymar.plan import Plan, make_plan
 from models.lazymar.policy import CachePolicy
 from models.lazymar.transformer import Transformer
 from models.mar import MAR
@@ -64,29 +64,14 @@ class MatmulCounter(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def flops_per_step(
-    model: MAR,
-    *,
-    num_iter: int = 64,
-    cfg: float = 3.25,
-    num_sampling_steps: int = 100,
-    cache: CachePolicy | None = None,
-) -> list[Flops]:
+def flops_per_step(model: MAR, plan: Plan) -> list[Flops]:
     """Count what each step of sampling one image takes, by running the sampler on tensors without values.
 
     `model` is on the meta device (made under `with torch.device("meta")`). What a run computes once is in the first
     step's count.
     """
-    if cache is not None:  # the choice of rows takes no matmul, and a random one would need the order's values
-        cache = replace(cache, selection="similarity")
-    plan = make_plan(
-        model.seq_len,
-        model.buffer_size,
-        num_iter=num_iter,
-        cfg=cfg,
-        num_sampling_steps=num_sampling_steps,
-        policy=cache,
-    )
+    # The choice of rows takes no matmul, and a random one would need the order's values.
+    plan = replace(plan, selection="similarity")
     positions = torch.empty(1, model.seq_len, dtype=torch.long, device="meta")
     tokens = torch.empty(1, model.seq_len, model.token_dim, device="meta")
     conditions = torch.empty(plan.num_branches, model.mask_token.shape[-1], device="meta")
@@ -122,8 +107,15 @@ def count_flops(
     cache: CachePolicy | None = None,
 ) -> Flops:
     """Count what sampling one image takes; see `flops_per_step`."""
-    steps = flops_per_step(model, num_iter=num_iter, cfg=cfg, num_sampling_steps=num_sampling_steps, cache=cache)
-    return Flops.of_steps(steps)
+    plan = make_plan(
+        model.seq_len,
+        model.buffer_size,
+        num_iter=num_iter,
+        cfg=cfg,
+        num_sampling_steps=num_sampling_steps,
+        policy=cache,
+    )
+    return Flops.of_steps(flops_per_step(model, plan))
 
 
 def count_decoding_flops(vae: AutoencoderKL, side: int) -> int:

@@ -67,7 +67,7 @@ def describe(options: CheckedOptions, method: str, dtype: torch.dtype) -> str:
     if lazy:
         steps += f" with {lazy[0].num_kept} at first and {lazy[-1].num_kept} at last of {plan.num_rows} rows"
     parts = ", ".join(f"{part} {amount / 1e12:.3f}" for part, amount in flops._asdict().items())
-    weights, per_image = memory_needed(model, options.cfg, options.cache, dtype)
+    weights, per_image = memory_needed(model, plan, dtype)
     return (
         f"{options.model}, {method}: {options.num_images:,} images in batches of {options.eval_bsz}\n"
         f"  plan        {steps}\n"

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from models import MAR, CachePolicy
+from models import MAR
+from models.lazymar.plan import Plan
 from util.errors import InputError
 
 
@@ -20,26 +21,23 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def memory_needed(model: MAR, cfg: float, cache: CachePolicy | None, dtype: torch.dtype) -> tuple[int, int]:
+def memory_needed(model: MAR, plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that sampling needs at least: those of the weights, and those of each image of a batch.
 
     An image needs its cached keys and values, or without a token cache the activations of one block. `model` may be
     on the meta device.
     """
-    rows = model.buffer_size + model.seq_len
-    if cache is not None and cache.token_cache:
+    if plan.prune_layer is not None:
         width = sum(2 * block.attn.proj.in_features for block in [*model.encoder_blocks, *model.decoder_blocks])
     else:
-        width = 8 * model.mask_token.shape[-1] * (1 if cfg == 1 else 2)
+        width = 8 * model.mask_token.shape[-1] * plan.num_branches
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return weights * dtype.itemsize, rows * width * dtype.itemsize
+    return weights * dtype.itemsize, plan.num_rows * width * dtype.itemsize
 
 
-def check_memory(
-    model: MAR, batch_size: int, cfg: float, cache: CachePolicy | None, dtype: torch.dtype, device: torch.device
-) -> None:
+def check_memory(model: MAR, plan: Plan, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a batch that cannot fit, by the lower bound of `memory_needed`."""
-    weights, per_image = memory_needed(model, cfg, cache, dtype)
+    weights, per_image = memory_needed(model, plan, dtype)
     left = memory(device) - weights
     if batch_size * per_image > left:
         fits = max(0, left) // per_image // 2

@@ -152,7 +152,7 @@ def _on_meta(model: str) -> MAR:
 
 @functools.lru_cache
 def _flops(options: Options) -> list[Flops]:
-    return flops_per_step(options.meta_model, **options.sampling)
+    return flops_per_step(options.meta_model, options.plan)
 
 
 class CheckedOptions(Options):

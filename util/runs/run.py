@@ -184,7 +184,7 @@ def open_run(job: Job, given: Options) -> Run:
         reference = Statistics.load(options.statistics, FEATURES_DIMS[features], options.metrics)
     weights = {options.model: options.resume, "the VAE": options.vae_path}
     files = {what: find_weights(path, what) for what, path in weights.items()}
-    check_memory(options.meta_model, options.eval_bsz, options.cfg, options.cache, dtype, device)
+    check_memory(options.meta_model, options.plan, options.eval_bsz, dtype, device)
 
     with disk_faults_explained(options.output_dir):
         settings = job.share(
