@@ -25,7 +25,7 @@ from util.job.processes import Job, launch
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations
 from util.reproduction.comparison import compare_with_baseline, is_whole
 from util.reproduction.costs import num_parameters, print_costs, time_random_model
-from util.reproduction.paper import METHODS
+from util.reproduction.paper import METHODS, method_of
 from util.reproduction.redundancy import measure_redundancy
 from util.reproduction.results import Comparison, Conditions, Evaluation, Inputs, Record, Redundancy, Results, Row, T
 from util.reproduction.study import ABLATION_IMAGES, Study, inputs_of, missing_file
@@ -175,7 +175,7 @@ def compare_policy(reproduction: Reproduction, ablation: str | None, label: str,
     """Evaluate a policy, unless it is a row of the table, and compare its images with the baseline's."""
     study = reproduction.study
     options, baseline = study.options(ABLATED_MODEL, policy), study.options(ABLATED_MODEL, None)
-    method = next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
+    method = method_of(policy)
 
     def inputs() -> Inputs:
         of_run = inputs_of(options, reproduction.device, reproduction.dtype)

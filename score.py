@@ -35,7 +35,6 @@ from util.scoring.scores import (
     load_extractor,
     score,
     score_statistics,
-    with_standard_errors,
 )
 from util.scoring.sources import ImageArray, Source, check_same_size, export, holds_images, open_images
 
@@ -136,11 +135,8 @@ def evaluate(args: argparse.Namespace) -> None:
         scores = score_statistics(own.statistics, reference, metrics, progress=True)
     else:
         features, logits, *dinov2 = extract(extractor, own.images, args.batch_size)
-        scores = score(features, logits, reference, metrics, *dinov2, progress=True)
-        if metrics.standard_errors:
-            of_second = dinov2[0] if dinov2 else None
-            labels = [0] * len(features)  # not known
-            scores = with_standard_errors(scores, features, logits, reference, metrics, of_second, labels)
+        labels = [0] * len(features)  # not known
+        scores = score(features, logits, reference, metrics, *dinov2, labels=labels, progress=True)
     print(f"images: {own}\nreference: {other}\n{scores.table(args.features)}")
     if args.json:
         write_report(args, scores, None if own.images is None else len(own.images))

@@ -13,6 +13,11 @@ MAR_PAPER = "arXiv 2406.11838"
 PARAMETERS = {"mar_base": 208e6, "mar_large": 479e6, "mar_huge": 943e6}  # as the MAR paper has them
 
 
+def method_of(policy: CachePolicy | None) -> str | None:
+    """Name the table's method that has a policy; None if none has."""
+    return next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
+
+
 @dataclass(frozen=True)
 class PaperRow:
     """A row of the main table of LazyMAR (arXiv 2503.12450): ImageNet at 256 pixels, 64 steps, 50,000 images.

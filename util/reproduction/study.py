@@ -16,7 +16,7 @@ from models import CachePolicy
 from util.errors import InputError
 from util.files import file_digest
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
-from util.reproduction.paper import METHODS
+from util.reproduction.paper import method_of
 from util.reproduction.results import Inputs
 from util.runs.options import CheckedOptions, Options, check
 from util.scoring.scores import FID_AND_IS, Metrics, load_extractor
@@ -70,7 +70,7 @@ class Study:
         setting of an ablation. A policy that several ablations have in common is evaluated once, under one name."""
         is_official = model != ABLATED_MODEL
         is_meant = is_official or list(self.models) == [ABLATED_MODEL]  # by flags that go with one kind of features
-        method = next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
+        method = method_of(policy)
         if method is not None:
             folder, num_images = Path(method.lower()), self.num_images or (50_000 if is_official else 2_000)
         else:

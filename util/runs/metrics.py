@@ -13,7 +13,7 @@ import torch
 from models.lazymar.flops import Flops
 from util.runs.folder import Batch
 from util.runs.options import Options
-from util.scoring.scores import KEYS, Extractor, Statistics, score, with_standard_errors
+from util.scoring.scores import KEYS, Extractor, Statistics, score
 
 
 def summarise(
@@ -40,10 +40,8 @@ def summarise(
         dinov2 = None
         if options.metrics.fd_dinov2:
             dinov2 = torch.from_numpy(np.concatenate([batch.dinov2 for batch in batches]))
-        scores = score(features, logits, reference, options.metrics, dinov2, progress=True)
-        if options.metrics.standard_errors:
-            labels = [label for batch in batches for label in batch.labels]
-            scores = with_standard_errors(scores, features, logits, reference, options.metrics, dinov2, labels)
+        labels = [label for batch in batches for label in batch.labels]
+        scores = score(features, logits, reference, options.metrics, dinov2, labels=labels, progress=True)
         metrics.update(scores.metrics(extractor.name), notes=scores.notes)
         table.append(scores.table(extractor.name))
 

@@ -408,6 +408,7 @@ def score(
     metrics: Metrics = FID_AND_IS,
     dinov2: torch.Tensor | None = None,
     *,
+    labels: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Scores:
     """Scores as `torch_fidelity.calculate_metrics` has them.
@@ -418,6 +419,7 @@ def score(
         reference: statistics of the images to compare with, which must serve the `metrics`.
         metrics:   what else is computed; by default nothing.
         dinov2:    [N, 1024] DINOv2's features, if the `metrics` ask for FD-DINOv2.
+        labels:    the images' classes, if the `metrics` ask for standard errors; all of one if they have none.
         progress:  show the progress of precision and recall.
 
     Raises:
@@ -437,7 +439,10 @@ def score(
                 f"{num_images} images do not determine a covariance of {features_dim} features: this FID is far too "
                 "high, and good for no comparison but with as many images."
             )
-    return score_statistics(own, reference, metrics, logits=logits, notes=notes, progress=progress)
+    scores = score_statistics(own, reference, metrics, logits=logits, notes=notes, progress=progress)
+    if metrics.standard_errors and labels is not None:
+        return with_standard_errors(scores, features, logits, reference, metrics, dinov2, labels)
+    return scores
 
 
 def with_standard_errors(

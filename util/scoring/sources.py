@@ -87,10 +87,9 @@ def holds_images(path: Path) -> bool:
         return path.is_dir()
     names = _names(path)
     if IMAGES not in names and "mu.npy" not in names:
-        held = ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
         raise InputError(
-            f"{path} holds neither images (arr_0) nor statistics (mu and sigma), but {held}: name a folder of images, "
-            "ADM's .npz of images, or a file that `python score.py statistics` has made."
+            f"{path} holds neither images (arr_0) nor statistics (mu and sigma), but {_listed(names)}: name a "
+            "folder of images, ADM's .npz of images, or a file that `python score.py statistics` has made."
         )
     return IMAGES in names
 
@@ -182,8 +181,7 @@ def _open_array(path: Path) -> ImageArray:
     names = _names(path)
     way_out = "name an .npz file of images as ADM's evaluator takes it, arr_0, uint8 [N, H, W, 3]."
     if IMAGES not in names:
-        held = ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
-        raise InputError(f"{path} holds no images, but {held}: {way_out}")
+        raise InputError(f"{path} holds no images, but {_listed(names)}: {way_out}")
     try:
         with zipfile.ZipFile(path) as archive, archive.open(IMAGES) as stream:
             shape, fortran_order, dtype = _read_header(stream)
@@ -203,6 +201,11 @@ def _names(path: Path) -> list[str]:
         raise InputError(
             f"{path} cannot be read as an .npz file ({why_unreadable(error)}): name a folder of images or an .npz file."
         ) from None
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first arrays of a `.npz` file, for a message."""
+    return ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
