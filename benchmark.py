@@ -1,9 +1,10 @@
-"""Time sampling, baseline against LazyMAR, by model, batch size, steps and dtype; no weights are needed.
+"""Time sampling by method, model, batch size, steps and dtype; no weights are needed.
 
     python benchmark.py --models mar_base --batch_sizes 1 8 --dtypes float32 bfloat16
     python benchmark.py --models mar_huge --batch_sizes 1 128 --dtypes bfloat16 --device cuda --plot speed.png
+    python benchmark.py --models mar_huge --method mar lazymar lazymar+disa
 
-Speed does not depend on the weights, so they are random. The two methods take turns, and each figure is the median of
+Speed does not depend on the weights, so they are random. The methods take turns, and each figure is the median of
 `--repeats` runs; the machine's own rate of matmuls is measured in the same run.
 """
 
@@ -15,19 +16,18 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from models import MAR, PRESETS, AutoencoderKL, Sampler, count_flops, create_model
+from models import MAR, PRESETS, AutoencoderKL, Method, Sampler, count_flops, create_model
 from models.lazymar.flops import Flops, count_decoding_flops
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write
 from util.machine import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
-from util.reproduction.paper import METHODS
 from util.reproduction.timing import (
     cpu_peak,
     gpu_peak,
@@ -37,8 +37,11 @@ from util.reproduction.timing import (
     timed,
 )
 from util.runs.images import decode
+from util.runs.methods import add_steps, find_methods, with_steps
 from util.runs.options import Options, check
 from util.weights.models import random_model
+
+STYLES = ("s--", "o-", "^-.", "D:", "v--", "P-", "X-.", "*:")
 
 
 @exits_cleanly
@@ -78,6 +81,7 @@ class Setting:
 class Measurement(Setting):
     """A method's measurement in a setting. Seconds and FLOPs are per image.
 
+    num_iter:                  the method's own, if it has stages.
     seconds, fastest, slowest: of sampling; the first is the median run's.
     share_of_peak:             rate of sampling, relative to the measured rate of matmuls.
     peak_bytes:                of memory, see `gpu_peak` and `cpu_peak`.
@@ -100,20 +104,22 @@ def measure(
 ) -> list[Measurement]:
     """Time the methods in turn, and the VAE. `rate` is the machine's rate of matmuls, in FLOP/s."""
     preset = PRESETS[setting.model]
-    sampling = {"num_iter": setting.num_iter, "cfg": preset.cfg, "num_sampling_steps": args.num_sampling_steps}
-    samplers = {method: Sampler(model, **sampling, cache=METHODS[method]) for method in args.methods}
+    methods = {
+        name: with_steps(method, setting.num_iter, args.num_sampling_steps) for name, method in args.method.items()
+    }
+    samplers = {name: Sampler(model, method, cfg=preset.cfg) for name, method in methods.items()}
     seconds, peaks = time_in_turn(samplers, setting, args)
     with torch.device("meta"):
         network, vae_network = create_model(setting.model), AutoencoderKL(**preset.vae)
     side = network.grid_size * network.patch_size
     vae_flops, vae_seconds = count_decoding_flops(vae_network, side), time_decoding(setting, model, vae)
     results = []
-    for method, times in seconds.items():
-        flops, median = count_flops(network, **sampling, cache=METHODS[method]), statistics.median(times)
+    for name, times in seconds.items():
+        flops, median = count_flops(network, methods[name], cfg=preset.cfg), statistics.median(times)
         results.append(
             Measurement(
-                **asdict(setting),
-                method=method,
+                **{**asdict(setting), "num_iter": len(samplers[name].plan)},
+                method=name,
                 seconds=median,
                 fastest=min(times),
                 slowest=max(times),
@@ -121,7 +127,7 @@ def measure(
                 flops=flops,
                 vae_flops=vae_flops,
                 share_of_peak=flops.total / median / rate,
-                peak_bytes=peaks[method],
+                peak_bytes=peaks[name],
             )
         )
     return results
@@ -150,7 +156,7 @@ def time_in_turn(
                     peaks[method] = cpu_peak()
                 progress.update()
     if args.profile:
-        print(profiled(partial(time_sampling, samplers[args.methods[-1]], setting.batch_size), device))
+        print(profiled(partial(time_sampling, samplers[list(samplers)[-1]], setting.batch_size), device))
     return seconds, peaks
 
 
@@ -163,14 +169,15 @@ def time_decoding(setting: Setting, model: MAR, vae: AutoencoderKL) -> float:
 
 def table(measured: list[Measurement]) -> str:
     """A line per method; the FLOP counts are the encoder's, the decoder's, the head's and, apart, the VAE's."""
-    lines = []
+    lines, width = [], 1 + max(len(result.method) for result in measured)
     for result in measured:
         spread = f"({result.fastest:.3f} to {result.slowest:.3f})"
         parts = " + ".join(f"{part / 1e12:.3f}" for part in result.flops)
+        speed_up = measured[0].seconds / result.seconds
         vae_share = result.vae_seconds / (result.seconds + result.vae_seconds)
         lines.append(
             f"{result.model:10s} batch {result.batch_size:<4d}steps {result.num_iter:<4d}{result.dtype:9s} "
-            f"{result.method:9s}{result.seconds:8.3f} s/image {spread:18s} x{measured[0].seconds / result.seconds:5.2f}"
+            f"{result.method:{width}s}{result.seconds:8.3f} s/image {spread:18s} x{speed_up:5.2f}"
             f"  {result.flops.total / 1e12:7.3f} TFLOPs ({parts}), {result.share_of_peak:4.0%} of peak"
             f"  VAE {result.vae_seconds:.3f} s ({vae_share:.0%}), {result.vae_flops / 1e12:.3f} TFLOPs"
             f"  {result.peak_bytes / 1e9:.1f} GB"
@@ -204,10 +211,9 @@ def plot(results: list[Measurement], title: str, path: Path) -> None:
             others = [f"{axes.get(name, '')} {getattr(result, name)}".strip() for name in several if name != axis]
             lines.setdefault(", ".join([*others, result.method]), []).append(result)
         longest = max(map(len, lines.values()))
-        for label, line in lines.items():
+        for (label, line), style in zip(lines.items(), cycle(STYLES)):
             if len(line) > 1 or longest == 1:
                 x = [str(getattr(result, axis)) for result in line]
-                style = {"baseline": "s--", "LazyMAR": "o-"}[line[0].method]
                 panel.plot(x, [result.seconds for result in line], style, label=label)
         panel.set(xlabel=axes[axis], ylabel="seconds per image", yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")
@@ -224,24 +230,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, usage="%(prog)s [flags]")
     add = partial(parser.add, nargs="+")
     add("--models", str, "models to time", default=["mar_base"], choices=PRESETS, metavar="MODEL")
-    add("--methods", str, "methods to time", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    add("--method", method_name, "methods to time, see eval.py", default=["mar", "lazymar"], metavar="NAME",
+        alias="--methods")  # fmt: skip
     add("--batch_sizes", int, "batch sizes to time", default=[1], minimum=1)
-    add("--num_iter", int, "numbers of autoregressive steps to time", default=[64], minimum=1)
     add("--dtypes", str, "dtypes to time", default=["auto"], choices=("auto", *DTYPES), metavar="DTYPE")
-    parser.add_fields(Options, "device", "num_sampling_steps")
+    add_steps(parser, nargs="+", default=[Method().num_iter])
+    parser.add_fields(Options, "device")
     parser.add("--repeats", int, "runs of each method, of which the median counts", default=3, minimum=1)
     parser.add("--profile", bool, "print, too, which operators take longest in the last method")
     parser.add("--output", Path, "write all measurements there, too (JSON)", metavar="FILE")
     parser.add("--plot", Path, "write a plot of the measurements there (.png, .svg or .pdf)", metavar="FILE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.method = find_methods(args.method)
+    return args
+
+
+def method_name(text: str) -> str:
+    """Read the name of a method, also one by which earlier versions called it."""
+    return "mar" if text.lower() == "baseline" else text.lower()
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError, naming the flag, for a value that is out of range for a model."""
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot must end in .png, .svg or .pdf, not be {args.plot}")
-    for name, num_iter in product(args.models, args.num_iter):
-        check(Options(model=name, num_iter=num_iter, num_sampling_steps=args.num_sampling_steps))
+    for name, num_iter, method in product(args.models, args.num_iter, args.method.values()):
+        check(Options(model=name, method=with_steps(method, num_iter, args.num_sampling_steps)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Generate images with MAR or LazyMAR, and score them: FID, Inception Score, seconds and FLOPs per image.
+"""Generate images with MAR, LazyMAR or another method, and score them: FID, IS, seconds and FLOPs per image.
 
     torchrun --nproc_per_node=2 eval.py --num_images 50000 --eval_bsz 128 --num_iter 64 --lazy_mar
     python eval.py --model mar_tiny --num_images 2000 --eval_bsz 100
+    python eval.py --num_iter 64 --method lazymar+disa
 
 The same command continues a run that was cut off, on any number of processes; `--help` lists the flags.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from models import AutoencoderKL, ImageNoise, Sampler
+from models import AutoencoderKL, Sampler
 from util.errors import InputError
 from util.job.processes import Job, launch
 from util.runs.folder import Batch
@@ -63,7 +64,7 @@ def sampled(batches: Iterable[Batch], sampler: Sampler, run: Run) -> Iterator[Ba
         if batch.pixels is None:
             size, start = len(batch.indices), time.perf_counter()
             batch.first = not sampler.is_warm(size)
-            noise = ImageNoise(sampler.model, run.options.seed, batch.indices, sampler.num_sampling_steps, run.device)
+            noise = sampler.noise(run.options.seed, batch.indices)
             batch.latents = sampler(torch.tensor(batch.labels), noise, run.follow(batch))
             check_finite(batch.latents, "latents", batch.indices)  # waits for the device
             batch.sample_seconds = time.perf_counter() - start

@@ -1,4 +1,5 @@
-"""Fill in the paper's main table from the models at hand, vary LazyMAR's settings, and measure what its caches live on.
+"""Fill in the paper's main table from the models at hand, vary LazyMAR's settings, and measure what its caches live on
+and what other methods and compositions achieve.
 
     torchrun --nproc_per_node=2 reproduce.py
     python reproduce.py --models mar_tiny --num_images 300 --ablation_images 100
@@ -17,18 +18,32 @@ from pathlib import Path
 import torch
 
 from eval import evaluate
-from models import PRESETS, CachePolicy
+from models import PRESETS, Method
+from models.lazymar.methods import LAZYMAR
 from util import machine
 from util.cli import Parser
 from util.errors import InputError
 from util.job.processes import Job, launch
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations
-from util.reproduction.comparison import compare_with_baseline, is_whole
+from util.reproduction.comparison import compare_with_baseline, is_whole, score_method
 from util.reproduction.costs import num_parameters, print_costs, time_random_model
-from util.reproduction.paper import METHODS, method_of
+from util.reproduction.frontier import FRONTIER, choose_frontier, costs_of
+from util.reproduction.paper import TABLE_METHODS, name_in_table
 from util.reproduction.redundancy import measure_redundancy
-from util.reproduction.results import Comparison, Conditions, Evaluation, Inputs, Record, Redundancy, Results, Row, T
+from util.reproduction.results import (
+    Comparison,
+    Conditions,
+    Evaluation,
+    FrontierPoint,
+    Inputs,
+    Record,
+    Redundancy,
+    Results,
+    Row,
+    T,
+)
 from util.reproduction.study import ABLATION_IMAGES, Study, inputs_of, missing_file
+from util.runs.methods import add_steps, in_words
 from util.runs.options import CheckedOptions, Options
 from util.scoring.scores import Metrics
 from util.weights.models import load_model
@@ -38,7 +53,7 @@ LATENCY_SECONDS = 60  # for an image on a CPU; what takes longer is extrapolated
 
 
 def reproduce(job: Job, args: argparse.Namespace) -> None:
-    """Measure the table's rows, the ablations and the redundancy between steps, as far as that is not done yet."""
+    """Measure the table's rows, the ablations, the frontier and the redundancy, as far as that is not done yet."""
     study = Study.of(args)
     device = machine.choose_device(study.device, job.local_rank)
     dtype = machine.choose_dtype(study.dtype, device)
@@ -47,14 +62,17 @@ def reproduce(job: Job, args: argparse.Namespace) -> None:
         return
     reproduction = Reproduction(job, study, device, dtype, Results(study.output_dir / "results"))
     for model in PRESETS:
-        for method in METHODS:
-            measure_row(reproduction, model, method)
+        for in_table in TABLE_METHODS:
+            measure_row(reproduction, model, in_table)
     settings = study.settings()
     if settings and not reproduction.missing_file(ABLATED_MODEL):
-        compare_policy(reproduction, None, "baseline", None)
+        compare_policy(reproduction, None, "baseline", Method())
         for number, (ablation, label, policy) in enumerate(settings, start=1):
             job.print0(f"\nablation {number} of {len(settings)}")
-            compare_policy(reproduction, ablation, label, policy)
+            compare_policy(reproduction, ablation, label, Method(cache=policy))
+    for number, (name, method) in enumerate(study.method.items(), start=1):
+        job.print0(f"\nfrontier, {number} of {len(study.method)}")
+        measure_point(reproduction, name, method)
     for model in study.models:
         if not reproduction.missing_file(model):
             compare_steps(reproduction, model)
@@ -73,7 +91,7 @@ class Reproduction:
 
     def missing_file(self, model: str) -> str | None:
         """The file that evaluations of a model lack, in words; None if they lack nothing."""
-        return self.job.share(lambda: missing_file(self.study.options(model, None)))
+        return self.job.share(lambda: missing_file(self.study.options(model, Method())))
 
     def measure_once(
         self,
@@ -133,7 +151,7 @@ def measure_row(reproduction: Reproduction, model: str, method: str) -> None:
 
     The FLOPs of a model that is not asked for are counted all the same.
     """
-    options, is_wanted = reproduction.study.options(model, METHODS[method]), model in reproduction.study.models
+    options, is_wanted = reproduction.study.options(model, TABLE_METHODS[method]), model in reproduction.study.models
     title = f"{model}, {method}"
     not_run = reproduction.job.share(lambda: missing_file(options)) if is_wanted else "not among --models"
     if not_run:
@@ -171,30 +189,68 @@ def measure_row(reproduction: Reproduction, model: str, method: str) -> None:
     )
 
 
-def compare_policy(reproduction: Reproduction, ablation: str | None, label: str, policy: CachePolicy | None) -> None:
+def compare_policy(reproduction: Reproduction, ablation: str | None, label: str, method: Method) -> None:
     """Evaluate a policy, unless it is a row of the table, and compare its images with the baseline's."""
     study = reproduction.study
-    options, baseline = study.options(ABLATED_MODEL, policy), study.options(ABLATED_MODEL, None)
-    method = method_of(policy)
+    options, baseline = study.options(ABLATED_MODEL, method), study.options(ABLATED_MODEL, Method())
+    in_table = name_in_table(method)
 
     def inputs() -> Inputs:
         of_run = inputs_of(options, reproduction.device, reproduction.dtype)
         return replace(of_run, num_images=study.num_compared, baseline_images=baseline.num_images)
 
     def compare(evaluation: Evaluation | None) -> Comparison:
-        if method is not None:
-            row = reproduction.results.read(Row, Row.name(ABLATED_MODEL, method))
+        if in_table is not None:
+            row = reproduction.results.read(Row, Row.name(ABLATED_MODEL, in_table))
             evaluation = row.result.evaluation if row else None
         assert evaluation is not None  # the table's rows come first
         return compare_with_baseline(options, baseline, study.num_compared, evaluation, ablation=ablation, label=label)
 
     name, title = Comparison.name(ablation, label), f"{ABLATED_MODEL}, {ablation or 'ablations'}: {label}"
-    reproduction.measure_once(Comparison, name, title, inputs, compare, run=None if method else options)
+    reproduction.measure_once(Comparison, name, title, inputs, compare, run=None if in_table else options)
+
+
+def measure_point(reproduction: Reproduction, name: str, method: Method) -> None:
+    """Evaluate the embedded model with a method, unless that is a row of the table, and count what it costs all models.
+
+    Without the embedded model, or its weights, the costs are counted all the same.
+    """
+    study = reproduction.study
+    options, lazymar = study.options(ABLATED_MODEL, method), study.options(ABLATED_MODEL, LAZYMAR)
+    in_table, not_run = name_in_table(method), reproduction.missing_file(ABLATED_MODEL)
+    if ABLATED_MODEL not in study.models:
+        not_run = "not among --models"
+
+    def inputs() -> Inputs:
+        return inputs_of(options, reproduction.device, reproduction.dtype, files=not not_run)
+
+    def measure(evaluation: Evaluation | None) -> FrontierPoint:
+        costs = {model: costs_of(study.options(model, method)) for model in PRESETS}
+        point = FrontierPoint(name, in_words(options.method), costs, not_run)
+        if not_run:
+            return point
+        if in_table is not None:
+            row = reproduction.results.read(Row, Row.name(ABLATED_MODEL, in_table))
+            evaluation = row.result.evaluation if row else None
+        return replace(point, evaluation=evaluation, scores=score_method(options, lazymar))
+
+    def stands_without_run(earlier: Record[FrontierPoint]) -> bool:
+        return earlier.inputs.settings == inputs().settings
+
+    reproduction.measure_once(
+        FrontierPoint,
+        FrontierPoint.name(name),
+        f"{ABLATED_MODEL}, {name}",
+        inputs,
+        measure,
+        run=None if not_run or in_table else options,
+        stands=stands_without_run if not_run else None,
+    )
 
 
 def compare_steps(reproduction: Reproduction, model: str) -> None:
     """Measure how much one step of the baseline is like those before."""
-    options = reproduction.study.options(model, None)
+    options = reproduction.study.options(model, Method())
 
     def inputs() -> Inputs:
         return replace(inputs_of(options, reproduction.device, reproduction.dtype), num_images=REDUNDANCY_IMAGES)
@@ -207,8 +263,7 @@ def compare_steps(reproduction: Reproduction, model: str) -> None:
             num_images=REDUNDANCY_IMAGES,
             seed=options.seed,
             cfg=options.cfg,
-            num_iter=options.num_iter,
-            num_sampling_steps=options.num_sampling_steps,
+            method=options.method,
         )
 
     title = f"{model}: similarity between steps, over {REDUNDANCY_IMAGES} images"
@@ -223,18 +278,22 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                default_text=f"50000, and 2000 of {ABLATED_MODEL}")  # fmt: skip
     parser.add("--eval_bsz", int, "batch size: images that each process samples at a time", minimum=1,
                default_text=f"128, and 25 of {ABLATED_MODEL}")  # fmt: skip
-    parser.add_fields(Options, "num_iter", "num_sampling_steps", "seed", "device", "dtype", "inception_weights")
+    add_steps(parser)
+    parser.add_fields(Options, "seed", "device", "dtype", "inception_weights")
     parser.add_fields(Options, "statistics")
     parser.add_fields(Metrics, "precision_recall", "kid", "fd_dinov2")
     parser.add("--ablations", str, f"ablations of {ABLATED_MODEL}: all, none, or some of {', '.join(ABLATIONS)}",
                nargs="+", default=["all"], metavar="ABLATION")  # fmt: skip
     parser.add("--ablation_images", int, "images of each ablation, from the table's rows", minimum=1,
                default_text=f"{ABLATION_IMAGES}, or as many as there are")  # fmt: skip
+    parser.add("--method", str, f"methods to compare on {ABLATED_MODEL}, see eval.py, or none",
+               nargs="+", default=list(FRONTIER), metavar="NAME")  # fmt: skip
     parser.add("--output_dir", Path, "folder of runs and results", default=Path("output/reproduce"), metavar="FOLDER")
     parser.add("--overwrite", bool, "make again what was made with other settings")
     parser.add("--dry_run", bool, "print the plan, FLOPs, memory and an estimate of the time, and write nothing")
     args = parser.parse_args(arguments)
     choose_ablations(args.ablations)
+    args.method = choose_frontier(args.method)
     args.metrics = Metrics(args.precision_recall, args.kid, args.fd_dinov2)
     args.models = [model for model in PRESETS if model in args.models]
     return args

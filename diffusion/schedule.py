@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +21,18 @@ def cosine_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
     return np.array([min(1 - after / before, 0.999) for before, after in zip(edges, edges[1:])])
 
 
+def check_num_sampling_steps(num_sampling_steps: int) -> None:
+    """Raise ValueError unless a chain can have so many denoising steps."""
+    if not 2 <= num_sampling_steps <= NUM_TRAIN_STEPS:
+        raise ValueError(f"num_sampling_steps must be 2 to {NUM_TRAIN_STEPS}, not {num_sampling_steps}")
+
+
 def respaced_timesteps(num_sampling_steps: int) -> list[int]:
     """The original timesteps that `num_sampling_steps` evenly strided steps retain, ascending.
 
     Raises ValueError outside 2..1000.
     """
-    if not 2 <= num_sampling_steps <= NUM_TRAIN_STEPS:
-        raise ValueError(f"num_sampling_steps must be 2 to {NUM_TRAIN_STEPS}, not {num_sampling_steps}")
+    check_num_sampling_steps(num_sampling_steps)
     stride = (NUM_TRAIN_STEPS - 1) / (num_sampling_steps - 1)
     timesteps, running = [], 0.0
     for _ in range(num_sampling_steps):
@@ -44,7 +50,7 @@ class NoiseSchedule:
     deviation `exp(log_std_base + log_std_slope * v)`, the learned interpolation between the two variance bounds.
     """
 
-    timesteps: list[int]
+    timesteps: Sequence[int]
     alpha_bars: np.ndarray
     betas: np.ndarray
     log_betas: np.ndarray
@@ -57,8 +63,12 @@ class NoiseSchedule:
     @classmethod
     def create(cls, num_sampling_steps: int = NUM_TRAIN_STEPS) -> NoiseSchedule:
         """The schedule respaced to `num_sampling_steps`; 1000 gives the one of training."""
-        timesteps = respaced_timesteps(num_sampling_steps)
-        alpha_bars = np.cumprod(1 - cosine_betas())[timesteps]
+        return cls.of(respaced_timesteps(num_sampling_steps))
+
+    @classmethod
+    def of(cls, timesteps: Sequence[int]) -> NoiseSchedule:
+        """The schedule respaced to ascending `timesteps`, of which there are at least 2."""
+        alpha_bars = np.cumprod(1 - cosine_betas())[list(timesteps)]
         previous = np.append(1.0, alpha_bars[:-1])
         betas = 1 - alpha_bars / previous
         posterior_variances = betas * (1 - previous) / (1 - alpha_bars)

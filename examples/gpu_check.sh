@@ -21,8 +21,8 @@ try nvidia-smi
 try "$python" -m pytest -q tests/test_cuda.py
 huge=(benchmark.py --device cuda --models mar_huge)
 try "$python" "${huge[@]}" --batch_sizes 1 128 --repeats 2 --output "$out/huge.json"
-try "$python" "${huge[@]}" --batch_sizes 256 --repeats 1 --methods LazyMAR --output "$out/batch_256.json"
-try "$python" "${huge[@]}" --batch_sizes 128 --repeats 1 --methods LazyMAR --num_iter 16 --profile
+try "$python" "${huge[@]}" --batch_sizes 256 --repeats 1 --method lazymar --output "$out/batch_256.json"
+try "$python" "${huge[@]}" --batch_sizes 128 --repeats 1 --method lazymar --num_iter 16 --profile
 try "$python" benchmark.py --device cuda --models mar_base mar_large --output "$out/smaller.json"
 for lazy in "" --lazy_mar; do
     try "$python" eval.py --model mar_tiny --device cuda --num_images 2000 --eval_bsz 500 $lazy \

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from models.lazymar.flops import count_flops
+from models.lazymar.methods import METHODS, DetailedTokens, Method, find_method
 from models.lazymar.noise import ImageNoise
 from models.lazymar.policy import CachePolicy
 from models.lazymar.sampler import Sampler, sample_tokens
+from models.lazymar.schedules import AnnealedSteps
 from models.linear import pack_linear_layers
 from models.mar import MAR, cast_model
 from models.presets import PRESETS, Preset
@@ -15,15 +17,20 @@ from models.vae import AutoencoderKL
 
 __all__ = [
     "MAR",
+    "METHODS",
     "PRESETS",
+    "AnnealedSteps",
     "AutoencoderKL",
     "CachePolicy",
+    "DetailedTokens",
     "ImageNoise",
+    "Method",
     "Preset",
     "Sampler",
     "cast_model",
     "count_flops",
     "create_model",
+    "find_method",
     "pack_linear_layers",
     "sample_tokens",
 ]

@@ -1,7 +1,8 @@
-"""MAR and LazyMAR the slow way: the method's definition, one image and one half at a time, in raster order.
+"""MAR, LazyMAR and the other methods the slow way: by definition, one image and one half at a time, in raster order.
 
-Nothing here is shared with the sampler but the network's parameters: attention, caches, schedules and denoising are
-written out again, in float64 and without any of the savings, so that the sampler has something to be compared with.
+Nothing here is shared with the sampler but the network's parameters: orders, attention, caches, schedules and denoising
+are written out again, in float64 and without any of the savings, so that the sampler has something to be compared with.
+Settings are read from the sampler's own declarations, whose methods are not used.
 """
 
 from __future__ import annotations
@@ -12,25 +13,80 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import MAR, CachePolicy
+from models import MAR, AnnealedSteps, CachePolicy, DetailedTokens
+
+Steps = list[list[int]]  # of each step, the token positions it predicts, ascending
 
 
-def predicted_per_step(order: list[int], num_iter: int) -> list[tuple[list[int], int]]:
-    """Of each step, the token positions it predicts, ascending, and the masked count that guidance goes by."""
+def in_random_order(order: list[int], num_iter: int) -> Steps:
+    """MAR's steps: from the end of the order on, ever more tokens at once."""
     steps, masked = [], len(order)
     for step in range(num_iter):
         left = math.floor(len(order) * math.cos(math.pi / 2 * (step + 1) / num_iter))
-        left = max(1, min(masked - 1, left))
-        after = 0 if step == num_iter - 1 else left
-        steps.append((sorted(order[after:masked]), left))
-        masked = after
+        left = 0 if step == num_iter - 1 else max(1, min(masked - 1, left))
+        steps.append(sorted(order[left:masked]))
+        masked = left
     return steps
 
 
-def guidance(cfg: float, cfg_schedule: str, masked_after: int, seq_len: int) -> float:
-    if cfg_schedule == "constant":
-        return cfg
-    return 1 + (cfg - 1) * (seq_len - masked_after) / seq_len
+def stage_of(row: int, column: int, num_stages: int) -> int:
+    """GtR's stage of a token: half of the grid is the last stage, half of what is left the one before, and so on."""
+    for halving in range(1, num_stages):
+        if (row + column) % 2**halving != 0:
+            return num_stages - halving
+    return 0
+
+
+def by_stages(order: list[int], num_iter: tuple[int, ...]) -> Steps:
+    """GtR's steps: one stage after the other, each spread evenly over its steps, from the end of the order on."""
+    side, steps = math.isqrt(len(order)), []
+    for stage, num_steps in enumerate(num_iter):
+        left = [token for token in order if stage_of(token // side, token % side, len(num_iter)) == stage]
+        size, owed = len(left), 0
+        for _ in range(num_steps):
+            owed += size
+            steps.append(sorted(left.pop() for _ in range(owed // num_steps)))
+            owed %= num_steps
+        assert not left
+    return steps
+
+
+def guidance(cfg: float, cfg_schedule: str, masked_after: int, seq_len: int, unguided_below: float) -> float:
+    """The CFG scale of a step; 1 where it would be below `unguided_below`."""
+    if cfg_schedule == "linear":
+        cfg = 1 + (cfg - 1) * (seq_len - max(1, masked_after)) / seq_len
+    return 1.0 if cfg < unguided_below else cfg
+
+
+def annealed(steps: int | AnnealedSteps, step: int, num_iter: int, num_generating: int) -> int:
+    """Denoising steps asked for at a step of `num_iter`, of which `num_generating` come before the last stage."""
+    if isinstance(steps, int):
+        return steps
+    fall, last = steps.upper - steps.lower, num_iter - 1
+    if steps.schedule == "generation":
+        if step >= num_generating:
+            return steps.lower
+        last = num_generating - 1
+    if steps.schedule == "constant":
+        return steps.lower
+    if steps.schedule == "two-stage":
+        return steps.upper if 2 * step < last else steps.lower
+    if last == 0:  # a single step, which both begins and ends the fall
+        return steps.upper
+    if steps.schedule == "cosine":
+        return steps.lower + int((math.cos(math.pi * step / last) + 1) / 2 * fall)
+    return steps.lower + int((last - step) / last * fall)
+
+
+def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> bool:
+    """Whether everything is computed; with several stages the policy's steps are those of 64, and rounded up."""
+    start, interval = policy.start_step, policy.refresh_interval
+    if len(stage_steps) > 1:
+        start, interval = (-(-steps * sum(stage_steps) // 64) for steps in (start, interval))
+    stage_starts = [sum(stage_steps[:stage]) for stage in range(len(stage_steps))]
+    if step in stage_starts:
+        return True
+    return step + 1 not in stage_starts and (step < start or (step - start) % interval == 0)
 
 
 def kept_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_predicted: int) -> int:
@@ -88,22 +144,20 @@ class Half:
             x = x + block.mlp(block.norm2(x))
         return model.encoder_norm(x)
 
-    def decode(self, prune_layer: int | None, num_kept: int, certain: list[int]) -> torch.Tensor:
-        """The last block's output [P + L, D]; rows that were pruned are NaN."""
+    def decode(self, prune_layer: int | None, num_kept: int, certain: list[int], ranking) -> torch.Tensor:
+        """The last block's output [P + L, D], NaN where pruned; by a `ranking` [P + L] or by similarity."""
         rows = torch.arange(self.num_rows)
         x = self.decoder_input
         for index, block in enumerate(self.model.decoder_blocks):
             keys, values = self.decoder_keys[index], self.decoder_values[index]
             q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=1)
             if index == prune_layer:
-                scores = similarity(v, values, block.attn.num_heads)
-                scores[certain] = 0
+                scores = similarity(v, values, block.attn.num_heads) if ranking is None else ranking.clone()
+                scores[certain] = -math.inf
             keys[rows], values[rows] = k, v
             x = x + attention(block.attn, q, keys, values)
             if index == prune_layer:
                 rows = scores.argsort(stable=True)[:num_kept].sort().values
-                # Were so many rows' similarities negative, the method would not say which of the zeros to keep.
-                assert set(certain) <= set(rows.tolist())
                 x = x[rows]
             x = x + block.mlp(block.norm2(x))
         output = torch.full_like(self.decoder_input, torch.nan)
@@ -111,7 +165,7 @@ class Half:
         return output
 
     def run(
-        self, tokens: torch.Tensor, known: list[int], previous: list[int], now: list[int], policy, num_kept: int
+        self, tokens: torch.Tensor, known: list[int], previous: list[int], now: list[int], policy, num_kept, ranking
     ) -> torch.Tensor:
         """The last block's output for token positions `now`, after `previous`; a `policy` allows old features."""
         model, first = self.model, self.model.buffer_size
@@ -126,13 +180,13 @@ class Half:
         encoded = self.encode(tokens, new_rows, known_rows)
         self.decoder_input[new_rows] = model.decoder_embed(encoded) + model.decoder_pos_embed_learned[0, new_rows]
         certain = previous_rows + [first + position for position in now]
-        return self.decode(policy.prune_layer if policy else None, num_kept, certain)
+        return self.decode(policy.prune_layer if policy else None, num_kept, certain, ranking)
 
 
 class Schedule:
-    """Constants of improved DDPM's 1000 cosine steps, respaced to fewer."""
+    """Constants of improved DDPM's 1000 cosine steps, respaced to fewer; later ones than `first` become `first`."""
 
-    def __init__(self, num_sampling_steps: int) -> None:
+    def __init__(self, num_sampling_steps: int, first: int = 999) -> None:
         def alpha_bar(t: float) -> float:
             return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
@@ -140,9 +194,12 @@ class Schedule:
         for i in range(1000):
             product *= 1 - min(0.999, 1 - alpha_bar((i + 1) / 1000) / alpha_bar(i / 1000))
             products.append(product)
+        self.is_annealed = first < 999
         stride, position, self.timesteps = 999 / (num_sampling_steps - 1), 0.0, []
         for _ in range(num_sampling_steps):
-            self.timesteps.append(round(position))
+            timestep = min(round(position), first)
+            if timestep not in self.timesteps:
+                self.timesteps.append(timestep)
             position += stride
         self.alpha_bars = [products[t] for t in self.timesteps]
         self.previous = [1.0, *self.alpha_bars[:-1]]
@@ -173,14 +230,24 @@ def sinusoids(timestep: int) -> torch.Tensor:
 
 
 class HeadHalf:
-    """The diffusion head for one half's conditions z [n, D], and what it remembers from step to step."""
+    """The diffusion head for one half's conditions z [n, D], and what it remembers from step to step.
 
-    def __init__(self, net, z: torch.Tensor) -> None:
-        self.net, self.z = net, z
-        self.mlp_outputs: dict[int, torch.Tensor] = {}
-        self.differences: dict[int, torch.Tensor] = {}
+    It remembers the last two of each block's MLP outputs and of what it added, with the steps that they are from.
+    """
 
-    def __call__(self, x, timestep: int, refresh: bool, warm: bool, skipped: tuple[int, ...]):
+    def __init__(self, net, z: torch.Tensor, order: int) -> None:
+        self.net, self.z, self.order = net, z, order
+        self.mlp_outputs: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        self.differences: dict[int, list[tuple[int, torch.Tensor]]] = {}
+
+    def recall(self, memory: list[tuple[int, torch.Tensor]], step: int) -> torch.Tensor:
+        """The last value, or at order 1 where the line through the last two is at this step."""
+        if self.order == 0 or len(memory) < 2:
+            return memory[-1][1]
+        (first, before), (second, after) = memory[-2:]
+        return before + (after - before) * (step - first) / (second - first)
+
+    def __call__(self, x, step: int, timestep: int, refresh: bool, warm: bool, skipped: tuple[int, ...]):
         """eps and v for noisy tokens x [n, C]; unless `refresh`, skipped blocks and (if not `warm`) MLPs are old."""
         net = self.net
         y = net.time_embed.mlp(sinusoids(timestep)) + net.cond_embed(self.z)
@@ -188,37 +255,59 @@ class HeadHalf:
         x = net.input_proj(x)
         for index, block in enumerate(net.res_blocks):
             if not refresh and index in skipped:
-                x = x + self.differences[index]
+                x = x + self.recall(self.differences[index], step)
                 continue
             shift, scale, gate = block.adaLN_modulation[1](modulation).chunk(3, dim=1)
             if refresh or warm:
-                self.mlp_outputs[index] = block.mlp(block.in_ln(x) * (1 + scale) + shift)
-            out = x + gate * self.mlp_outputs[index]
+                output = block.mlp(block.in_ln(x) * (1 + scale) + shift)
+                self.mlp_outputs.setdefault(index, []).append((step, output))
+            out = x + gate * self.recall(self.mlp_outputs[index], step)
             if refresh:
-                self.differences[index] = out - x
+                self.differences.setdefault(index, []).append((step, out - x))
             x = out
         shift, scale = net.final_layer.adaLN_modulation[1](modulation).chunk(2, dim=1)
         normed = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
         return net.final_layer.linear(normed * (1 + scale) + shift).chunk(2, dim=1)
 
 
-def denoise(net, z_cond, z_uncond, noise, cfg: float, temperature: float, policy: CachePolicy | None) -> torch.Tensor:
-    """Tokens [n, C] sampled for conditions [n, D]; `z_uncond` is None without guidance, `noise` [S + 1, n, C]."""
-    num_steps = len(noise) - 1
-    schedule = Schedule(num_steps)
-    cond = HeadHalf(net, z_cond)
-    uncond = None if z_uncond is None else HeadHalf(net, z_uncond)
+def detail(condition: torch.Tensor) -> float:
+    """The weighted sum of the amplitudes of a condition's [D] frequencies, but for the zeroth."""
+    size, total = len(condition), 0.0
+    for frequency in range(1, size // 2 + 1):
+        angles = 2 * math.pi * frequency / size * torch.arange(size).double()
+        amplitude = math.hypot((condition * angles.cos()).sum(), (condition * angles.sin()).sum())
+        total += amplitude * (1 + frequency / (size // 2))
+    return total
+
+
+def detailed_ones(conditions: torch.Tensor, share: float) -> list[int]:
+    """The numbers of the most detailed of an image's conditions [k, D]."""
+    by_detail = sorted(range(len(conditions)), key=lambda token: detail(conditions[token]))
+    return by_detail[len(conditions) - math.floor(len(conditions) * share + 1e-6) :]
+
+
+def denoise(
+    net, z_cond, z_uncond, noise, schedule: Schedule, cfg: float, temperature: float, policy: CachePolicy | None
+) -> torch.Tensor:
+    """Tokens [n, C] sampled for conditions [n, D]; `z_uncond` is None without guidance, `noise` is [S + 1, n, C]."""
+    num_steps = len(schedule.timesteps)
+    order = 0 if policy is None else policy.head_order
+    cond = HeadHalf(net, z_cond, order)
+    uncond = None if z_uncond is None else HeadHalf(net, z_uncond, order)
     x = noise[0]
     for drawn, i in enumerate(reversed(range(num_steps)), start=1):
         refresh, warm, skipped = True, False, ()
         if policy is not None and policy.head_cache:
-            refresh = i == num_steps - 1 or i % policy.head_refresh_interval == 0
+            interval = policy.head_refresh_interval
+            if schedule.is_annealed:  # the interval is that of 100 steps
+                interval = -(-interval * num_steps // 100)
+            refresh = i == num_steps - 1 or i % interval == 0
             warm = i > policy.head_warmup * num_steps
             skipped = policy.head_skipped_blocks
-        eps, v = cond(x, schedule.timesteps[i], refresh, warm, skipped)
+        eps, v = cond(x, drawn, schedule.timesteps[i], refresh, warm, skipped)
         if uncond is not None:
             if refresh:
-                difference = eps - uncond(x, schedule.timesteps[i], refresh, warm, skipped)[0]
+                difference = eps - uncond(x, drawn, schedule.timesteps[i], refresh, warm, skipped)[0]
             eps = eps + (cfg - 1) * difference
         x = schedule.step(i, x, eps, v, temperature * noise[drawn])
     return x
@@ -234,60 +323,103 @@ def image_of_tokens(model: MAR, tokens: torch.Tensor) -> torch.Tensor:
     return latents
 
 
+def rankings(steps: Steps, num_steps: int, num_rows: int, num_tokens: int) -> torch.Tensor:
+    """For each step a random ranking of an image's rows, the buffer first: [num_steps, num_rows].
+
+    It is random in the order of prediction, and comes back in raster order.
+    """
+    order = [position for step in steps for position in step]
+    unshuffled = np.tile(np.arange(num_rows, dtype=np.float32), (num_steps, 1))
+    ranking = np.random.default_rng(order).permuted(unshuffled, axis=1)
+    buffer = num_rows - num_tokens
+    in_raster_order = ranking.copy()
+    in_raster_order[:, [buffer + position for position in order]] = ranking[:, buffer:]
+    return torch.from_numpy(in_raster_order).double()
+
+
 @torch.inference_mode()
 def sample_tokens(
     model: MAR,
     class_labels: torch.Tensor,
     *,
-    num_iter: int,
+    num_iter: int | tuple[int, ...],
     cfg: float,
     cfg_schedule: str,
     temperature: float,
-    num_sampling_steps: int,
-    cache: CachePolicy | None,
+    num_sampling_steps: int | AnnealedSteps,
     noise,
-    conditions: list[torch.Tensor] | None = None,
+    cache: CachePolicy | None = None,
+    num_stages: int = 1,
+    detailed_tokens: DetailedTokens | None = None,
+    unguided_below: float = 1.0,
 ) -> torch.Tensor:
     """What `models.sample_tokens` computes, for a float64 model on the CPU.
 
-    Each step's conditions [halves, B, k, D], in ascending position, are appended to `conditions`.
+    The unconditional branch is computed at every step, if at any, whether or not somebody reads it.
     """
-    batch, seq_len, guided = len(class_labels), model.seq_len, cfg != 1
+    batch, seq_len, num_rows = len(class_labels), model.seq_len, model.buffer_size + model.seq_len
     cond = [Half(model, model.class_emb.weight[label]) for label in class_labels]
     uncond = [Half(model, model.fake_latent[0]) for _ in class_labels]
     stored_difference = [None] * batch
-    steps = [predicted_per_step(order.tolist(), num_iter) for order in noise.orders]
+
+    stage_steps = (num_iter,) if isinstance(num_iter, int) else num_iter
+    assert len(stage_steps) == num_stages
+    stage_starts = [sum(stage_steps[:stage]) for stage in range(num_stages)]
+    steps: list[Steps] = []
+    for order in noise.orders.tolist():
+        steps.append(in_random_order(order, stage_steps[0]) if num_stages == 1 else by_stages(order, stage_steps))
+    num_iter = sum(stage_steps)
+    ranking = [rankings(of_image, seq_len, num_rows, seq_len) for of_image in steps]
+
+    annealing = isinstance(num_sampling_steps, AnnealedSteps)
+    first_timestep = 950 if annealing else 999
     tokens = torch.zeros(batch, seq_len, model.token_dim).double()
     for step in range(num_iter):
-        refresh = cache is None or step < cache.start_step or (step - cache.start_step) % cache.refresh_interval == 0
+        refresh = cache is None or is_refresh(cache, step, stage_steps)
         policy = None if refresh or not cache.token_cache else cache
-        run_uncond = guided and (refresh or not cache.condition_cache)
         z_cond, z_uncond = [], []
         for image in range(batch):
-            now = steps[image][step][0]
-            previous = steps[image][step - 1][0] if step else []
-            known = sorted(position for past, _ in steps[image][:step] for position in past)
-            num_rows = model.buffer_size + seq_len
+            now = steps[image][step]
+            previous = steps[image][step - 1] if step else []
+            known = sorted(position for past in steps[image][:step] for position in past)
             num_kept = kept_rows(cache, step, num_iter, num_rows, len(now) + len(previous)) if policy else num_rows
-            arguments = (tokens[image], known, previous, now, policy, num_kept)
+            chance = ranking[image][step] if policy and policy.selection == "random" else None
+            arguments = (tokens[image], known, previous, now, policy, num_kept, chance)
             h_cond = cond[image].run(*arguments)
-            if run_uncond:
+            if cfg == 1:
+                h_uncond = h_cond
+            elif refresh or not cache.condition_cache:
                 h_uncond = uncond[image].run(*arguments)
                 stored_difference[image] = h_uncond - h_cond
-            elif guided:
+            else:
                 h_uncond = h_cond + stored_difference[image]
             rows = [model.buffer_size + position for position in now]
             position_embedding = model.diffusion_pos_embed_learned[0, now]
             z_cond.append(model.decoder_norm(h_cond[rows]) + position_embedding)
-            if guided:
-                z_uncond.append(model.decoder_norm(h_uncond[rows]) + position_embedding)
-        num_predicted = len(steps[0][step][0])
-        drawn = noise.draw(step, num_predicted).double().flatten(1, 2)
-        scale = guidance(cfg, cfg_schedule, steps[0][step][1], seq_len)
-        halves = [torch.cat(z_cond), torch.cat(z_uncond) if guided else None]
-        sampled = denoise(model.diffloss.net, *halves, drawn, scale, temperature, cache).unflatten(0, (batch, -1))
+            z_uncond.append(model.decoder_norm(h_uncond[rows]) + position_embedding)
+
+        num_predicted = len(steps[0][step])
+        masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
+        scale = guidance(cfg, cfg_schedule, masked_after, seq_len, unguided_below)
+        count = annealed(num_sampling_steps, step, num_iter, stage_starts[-1])
+        if not refresh and cache.lazy_sampling_steps is not None:
+            count = min(count, cache.lazy_sampling_steps)
+        drawn = noise.draw(step, num_predicted).double()
         for image in range(batch):
-            tokens[image, steps[image][step][0]] = sampled[image]
-        if conditions is not None:
-            conditions.append(torch.stack([torch.stack(half) for half in (z_cond, z_uncond) if half]))
+            chosen = []
+            if detailed_tokens is not None and step >= stage_starts[-1]:
+                chosen = detailed_ones(z_cond[image], detailed_tokens.share)
+            others = [token for token in range(num_predicted) if token not in chosen]
+            for part, num_steps in (chosen, getattr(detailed_tokens, "num_sampling_steps", None)), (others, count):
+                if part:
+                    tokens[image, [steps[image][step][token] for token in part]] = denoise(
+                        model.diffloss.net,
+                        z_cond[image][part],
+                        z_uncond[image][part] if scale > 1 else None,
+                        drawn[:, image, part],
+                        Schedule(num_steps, first_timestep),
+                        scale,
+                        temperature,
+                        cache,
+                    )
     return torch.stack([image_of_tokens(model, row) for row in tokens])

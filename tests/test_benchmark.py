@@ -19,10 +19,10 @@ def test_a_run_prints_both_methods_and_writes_what_it_measured(tmp_path, capsys)
     arguments = ["--models", "mar_tiny", "--num_iter", "2", "4", "--num_sampling_steps", "4", "--repeats", "2"]
     assert benchmark.main([*arguments, "--profile", "--output", str(output), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
-    assert "baseline" in printed and "LazyMAR" in printed and "linear" in printed
+    assert " mar " in printed and " lazymar " in printed and "linear" in printed
     results = json.loads(output.read_text())["results"]
     assert [(row["num_iter"], row["method"]) for row in results] == [
-        (steps, method) for steps in (2, 4) for method in ("baseline", "LazyMAR")
+        (steps, method) for steps in (2, 4) for method in ("mar", "lazymar")
     ]
     for row in results:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]

@@ -6,7 +6,7 @@ import argparse
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,11 @@ import report
 import reproduce
 import score
 import train
-from models import CachePolicy
+from models import AnnealedSteps, CachePolicy, DetailedTokens, Method, find_method
+from models.lazymar.methods import GTR, LAZYMAR, RECAP
 from util.cli import Parser, check_ranges, flag, version
 from util.errors import InputError
-from util.runs.options import Options, parse_options
+from util.runs.options import Options, check, parse_options
 from util.weights import download
 
 ROOT = Path(__file__).parents[1]
@@ -117,14 +118,14 @@ def test_defaults_are_understood_as_they_are_written():
     policy = CachePolicy()
     written = ",".join(f"{step}:{fraction:g}" for step, fraction in policy.kept_fractions)
     more = ["--kept_fractions", written, "--head_skipped_blocks", "1,2,3,4", "--head_warmup", "0.9"]
-    assert parse_options("", ["--lazy_mar", *more]).cache == policy
+    assert parse_options("", ["--lazy_mar", *more]).method.cache == policy
 
 
 @pytest.mark.parametrize("spelling", ["--no-", "--no_"])
 def test_a_switch_is_turned_off_in_two_spellings(spelling):
     options = parse_options("", [f"{spelling}score", f"{spelling}cuda_graphs", "--lazy_mar", f"{spelling}head_cache"])
     assert (options.score, options.cuda_graphs, options.save_images, options.overwrite) == (False, False, True, False)
-    assert options.cache == CachePolicy(head_cache=False)
+    assert options.method.cache == CachePolicy(head_cache=False)
     assert parse_options("", [f"{spelling}score", "--score"]).score
 
 
@@ -139,7 +140,68 @@ def test_version_and_help_work_everywhere(parser, capsys):
 
 def test_each_option_of_an_evaluation_is_a_flag_with_the_same_default():
     assert parse_options("", []) == Options()
-    assert parse_options("", ["--lazy_mar"]) == Options(cache=CachePolicy())
+    assert parse_options("", ["--lazy_mar"]) == Options(method=LAZYMAR) == parse_options("", ["--method", "lazymar"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "folder"),
+    [
+        ("", "mar", "mar_huge-iter64-cfg3.25-50000"),
+        ("--num_sampling_steps 50", Method(num_sampling_steps=50), "mar_huge-iter64-cfg3.25-50000"),
+        ("--lazy_mar", "lazymar", "mar_huge-lazy-iter64-cfg3.25-50000"),
+        ("--lazy_mar --method lazymar --num_iter 32", Method(num_iter=32, cache=CachePolicy()),
+         "mar_huge-lazy-iter32-cfg3.25-50000"),
+        ("--method LazyMAR+DiSA", "lazymar+disa", "mar_huge-lazymar+disa-iter64-cfg3.25-50000"),
+        ("--num_sampling_steps 50:5", "disa", "mar_huge-disa-iter64-cfg3.25-50000"),
+        ("--num_sampling_steps 50:5:cosine", Method(num_sampling_steps=AnnealedSteps(50, 5, "cosine")),
+         "mar_huge-iter64-num_sampling_steps50-5-cosine-cfg3.25-50000"),
+        ("--method gtr --num_iter 20,8,4 --detailed_tokens 0.2:40",
+         GTR.replaced(num_iter=(20, 8, 4), detailed_tokens=DetailedTokens(0.2, 40)),
+         "mar_huge-gtr-iter20-8-4-detailed_tokens0.2-40-cfg3.25-50000"),
+        ("--lazy_mar --start_step 3 --unguided_below 1.2",
+         Method(cache=CachePolicy(start_step=3), unguided_below=1.2),
+         "mar_huge-lazy-iter64-unguided_below1.2-cfg3.25-50000"),
+        ("--method recap --start_step 3", RECAP.replaced(cache=replace(RECAP.cache, start_step=3)),
+         "mar_huge-recap-iter64-start_step3-cfg3.25-50000"),
+    ],
+)  # fmt: skip
+def test_a_method_and_its_settings_are_chosen_by_flags(arguments, method, folder):
+    options = check(parse_options("", arguments.split()))
+    assert options.method == (find_method(method) if isinstance(method, str) else method)
+    assert options.output_dir.name == folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method foo", "--method 'foo' is unknown: choose from mar, lazymar, disa"),
+        ("--method lazymar+", "--method '' is unknown"),
+        ("--method lazymar+recap", "--method lazymar+recap cannot be: lazymar and recap both decide what is cached"),
+        ("--lazy_mar --method disa", "--lazy_mar means --method lazymar, which --method disa is not: leave one"),
+        ("--method disa --start_step 3", "--start_step is a setting of LazyMAR: give --lazy_mar too, or another"),
+        ("--num_iter 24,6,2", "--num_iter must be 1 to the number of tokens, 256, not (24, 6, 2)"),
+        ("--num_iter 64,", "--num_iter: invalid N,... value: '64,'"),
+        ("--num_stages 3", "--num_iter must have a number of steps for each of the 3 stages, not (64,)"),
+        ("--num_stages 6 --num_iter 1,1,1,1,1,1", "--num_stages must be one for which"),
+        ("--num_stages 0", "--num_stages must be 1 to 16, not 0"),
+        ("--method gtr --num_iter 65,6,2", "--num_iter must be 1 to 64 for a stage of 64 tokens, not 65"),
+        ("--num_sampling_steps a", "--num_sampling_steps: invalid"),
+        ("--num_sampling_steps 50:", "--num_sampling_steps: invalid"),
+        ("--num_sampling_steps 50:5:foo", "--num_sampling_steps must be annealed by a schedule of linear, cosine"),
+        ("--num_sampling_steps 5:50", "--num_sampling_steps must not rise: lower is 50, above upper, which is 5"),
+        ("--num_sampling_steps 1:1", "--num_sampling_steps must be 2 to 1000, not 1"),
+        ("--num_sampling_steps 50:20:generation", "--num_sampling_steps cannot fall up to the last stage of one"),
+        ("--method gtr --detailed_tokens 0.1", "--detailed_tokens: invalid SHARE:N value: '0.1'"),
+        ("--method gtr --detailed_tokens 1.1:50", "--detailed_tokens 1.1:50 cannot be: "),
+        ("--detailed_tokens 0.1:50", "--detailed_tokens are those of the last stage: give num_stages too"),
+        ("--unguided_below 0.9", "--unguided_below must be a finite number of at least 1, not 0.9"),
+        ("--lazy_mar --lazy_sampling_steps 1", "--lazy_sampling_steps must be at least 2, not 1"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused_in_one_sentence(arguments, message):
+    with pytest.raises(InputError) as refused:
+        check(parse_options("", arguments.split()))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +239,8 @@ def test_each_option_of_an_evaluation_is_a_flag_with_the_same_default():
         ("compare.py", "one other third", "unrecognized arguments: third"),
         ("compare.py", "one other --output", "--output: expected one argument"),
         ("reproduce.py", "--ablations", "--ablations: expected at least one argument"),
+        ("benchmark.py", "--method lazymar foo", "--method 'foo' is unknown"),
+        ("benchmark.py", "--method lazymar+recap", "--method lazymar+recap cannot be"),
         ("reproduce.py", "--eval_bsz 0", "--eval_bsz must be at least 1, not 0"),
         ("reproduce.py", "--num_sampling_steps 1001", "--num_sampling_steps must be 2 to 1000, not 1001"),
         ("reproduce.py", "--dtype int8", "--dtype: invalid choice: 'int8'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_methods import GUIDANCE, short_settings
 from test_sampling import FIELDS, LABELS, SETTINGS, perturb, random_model, relative_error
 from torch import Tensor
 
@@ -13,43 +14,48 @@ from models.lazymar.runtime import CudaCapture
 from util.job.progress import StepProgress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-POLICIES = {"baseline": None, "lazy": CachePolicy(), "random rows": CachePolicy(selection="random")}
-every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+RUNS = {
+    "baseline": SETTINGS,
+    "lazy": {**SETTINGS, "cache": CachePolicy()},
+    "random rows": {**SETTINGS, "cache": CachePolicy(selection="random")},
+    **{name: {**GUIDANCE, **short_settings(name)} for name in ("disa+recap+lateguidance", "lazymar+gtr")},
+}
+every_run = pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
 
 
 def noise_for(model, seed: int, size: int, device: str = "cuda") -> ImageNoise:
     return ImageNoise(model, seed, range(size), SETTINGS["num_sampling_steps"], device)
 
 
-@every_policy
-def test_float64_latents_are_those_of_the_cpu(policy: CachePolicy | None) -> None:
+@every_run
+def test_float64_latents_are_those_of_the_cpu(settings: dict) -> None:
     model = random_model()
     noise = noise_for(model, 0, 3, "cpu")
-    expected = sample_tokens(model, LABELS, **SETTINGS, cache=policy, noise=noise)
-    result = sample_tokens(model.cuda(), LABELS, **SETTINGS, cache=policy, noise=noise).cpu()
+    expected = sample_tokens(model, LABELS, **settings, noise=noise)
+    result = sample_tokens(model.cuda(), LABELS, **settings, noise=noise).cpu()
     assert relative_error(result, expected) < 1e-9
 
 
-@every_policy
+@every_run
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtype, policy: CachePolicy | None) -> None:
+def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtype, settings: dict) -> None:
     torch.manual_seed(0)
     model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype).cuda()
-    sampler = Sampler(model, **SETTINGS, cache=policy)
+    sampler = Sampler(model, **settings)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     for seed, size in enumerate([2, 2, 2, 2, 3, 2, 2, 2]):
         labels, noise = LABELS.roll(seed)[:size], noise_for(model, seed, size)
-        expected = sample_tokens(model, labels, **SETTINGS, cache=policy, noise=noise)
+        expected = sample_tokens(model, labels, **settings, noise=noise)
         result = sampler(labels, noise)
         assert sampler.capture.func is CudaCapture  # it did not give up
         assert relative_error(result.double(), expected.double()) < tolerance
 
 
-@every_policy
+@every_run
 @pytest.mark.parametrize("batches_before", [0, 2], ids=["as it stands", "replayed"])
-def test_the_loop_never_waits_for_the_device(batches_before: int, policy: CachePolicy | None) -> None:
+def test_the_loop_never_waits_for_the_device(batches_before: int, settings: dict) -> None:
     model = random_model().cuda()
-    sampler = Sampler(model, **SETTINGS, cache=policy)
+    sampler = Sampler(model, **settings)
     for _ in range(batches_before):
         sampler(LABELS, noise_for(model, 0, 3))
     latents = torch.empty(3, model.vae_embed_dim, 8, 8, dtype=torch.float64, device="cuda")

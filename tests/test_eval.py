@@ -23,7 +23,7 @@ from PIL import Image
 from ranks import Ranks, free_port, make_weights
 
 import eval as program
-from models import PRESETS, create_model
+from models import PRESETS, create_model, find_method
 from score import main as score_folder
 from util.job.processes import launch
 from util.runs.options import check, parse_options
@@ -162,6 +162,7 @@ def test_metrics_tell_what_was_measured(whole):
     assert (
         metrics["settings"]["cache"]["refresh_interval"] == 9 and metrics["environment"]["torch"] == torch.__version__
     )
+    assert metrics["method"] == "lazymar, num_iter 3, num_sampling_steps 3, start_step 1"
     assert sum(metrics["images_by_worker"].values()) == NUM_IMAGES
     with Image.open(whole / "grid.png") as grid:
         assert grid.size == (8 * 66 + 2, 3 * 66 + 2)
@@ -291,6 +292,21 @@ def test_what_was_damaged_is_made_again_and_nothing_else(copy, command, whole):
     assert run(command(copy)) == 0
     assert_same(copy, whole)
     assert {path.name for path in copy.rglob("*.*") if path.stat().st_mtime_ns != times.get(path)} == damaged
+
+
+def test_a_run_of_a_composition_goes_on_as_it_began(tmp_path, command, capsys):
+    few = ["--num_images", 4, "--method", "lazymar+gtr", "--num_iter", "3,2,1", "--detailed_tokens", "0.1:4"]
+    arguments = command(tmp_path / "run", *few, "--num_sampling_steps", "4:2:generation")
+    assert run(arguments) == 0
+    assert "method lazymar+gtr, num_iter 3,2,1, num_sampling_steps 4:2:generation" in capsys.readouterr().out
+    made = images(tmp_path / "run")
+    for lost in ("images/000003.png", "batches/000001.npz", "metrics.json"):
+        (tmp_path / "run" / lost).unlink()
+    assert run(arguments) == 0 and images(tmp_path / "run") == made and len(made) == 4
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["settings"]["num_iter"] == [3, 2, 1] and metrics["settings"]["num_stages"] == 3
+    assert run([*arguments, "--detailed_tokens", "0.1:3"]) == 2
+    assert "detailed_tokens 0.1:4 there, 0.1:3 now" in capsys.readouterr().err
 
 
 def test_a_finished_run_samples_nothing(copy, command, monkeypatch, whole):
@@ -525,7 +541,7 @@ def foreign_folder(tmp_path: Path) -> Path:
         (["--frobnicate"], "--frobnicate"),
         (["--num_iter", "0"], "--num_iter must be 1 to the number of tokens, 256, not 0"),
         (["--num_iter", "257"], "--num_iter"),
-        (["--num_iter", "many"], "--num_iter: invalid int value: 'many'"),
+        (["--num_iter", "many"], "--num_iter: invalid N,... value: 'many'"),
         (["--cfg", "0.5"], "--cfg must be a finite number of at least 1"),
         (["--cfg", "nan"], "--cfg"),
         (["--cfg_schedule", "cosine"], "--cfg_schedule"),
@@ -654,7 +670,8 @@ def test_flags_at_random_never_end_in_a_traceback(capsys):
 def test_the_commands_of_the_paper_are_understood():
     for more in ([], ["--lazy_mar"]):
         options = check(parse_options("", ["--num_images", "50000", "--eval_bsz", "128", "--num_iter", "64", *more]))
-        assert (options.model, options.cfg, options.num_sampling_steps) == ("mar_huge", 3.25, 100)
+        assert (options.model, options.cfg) == ("mar_huge", 3.25)
         assert options.resume == ROOT / "pretrained_models/mar/mar_huge/checkpoint-last.pth"
-        assert bool(options.cache) == bool(more) and ("lazy" in options.output_dir.name) == bool(more)
+        assert options.method == find_method("lazymar" if more else "mar")
+        assert ("lazy" in options.output_dir.name) == bool(more)
         assert len(options.labels()) == 50_000 and np.ptp(np.bincount(options.labels())) == 0

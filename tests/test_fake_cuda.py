@@ -13,7 +13,7 @@ import torch_fidelity
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from models import MAR, AutoencoderKL, CachePolicy, Sampler, cast_model, create_model
+from models import MAR, AnnealedSteps, AutoencoderKL, DetailedTokens, Sampler, cast_model, create_model
 from util.runs.images import decode, map_images, to_uint8
 from util.scoring.scores import Extractor
 from util.weights import checkpoint, models
@@ -80,18 +80,34 @@ def on_gpu(make: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> n
 
 
 # As few denoising steps as have each of their kinds: full; warm-up and reuse.
-@pytest.mark.parametrize(("policy", "denoising_steps"), [(None, 2), (CachePolicy(), 21)], ids=["baseline", "lazy"])
-def test_the_whole_loop_of_mar_huge(no_values, policy: CachePolicy | None, denoising_steps: int) -> None:
+RUNS = {
+    "mar": (2, {}),
+    "lazymar": (21, {}),
+    "lazymar+gtr": (
+        5,
+        {
+            "num_iter": (8, 2, 2),
+            "num_sampling_steps": AnnealedSteps(3, 2, "generation"),
+            "detailed_tokens": DetailedTokens(0.1, 5),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_whole_loop_of_mar_huge(no_values, name: str) -> None:
+    denoising_steps, settings = RUNS[name]
+    settings = {"num_iter": STEPS, "num_sampling_steps": denoising_steps, **settings}
     model = cast_model(on_gpu(lambda: create_model("mar_huge")), torch.bfloat16)
     with GPU:
         latents, labels = torch.empty(BATCH, 16, 16, 16), torch.empty(BATCH, dtype=torch.long)
     noise = NoiseWithoutValues(model, denoising_steps)
-    sampler = Sampler(model, num_iter=STEPS, num_sampling_steps=denoising_steps, cache=policy, cuda_graphs=False)
+    sampler = Sampler(model, name, cuda_graphs=False, **settings)
     with torch.inference_mode():  # `steps` asks whether the labels are in range, which takes their values
         for sampled in sampler._steps(labels, noise, latents):
             assert sampled.conditions.device == sampled.tokens.device == GPU
             assert sampled.conditions.dtype == torch.bfloat16 and sampled.tokens.dtype == torch.float32
-    assert sampled.step.index == STEPS - 1
+    assert sampled.step.index == len(sampler.plan) - 1
 
 
 def test_decoding(no_values) -> None:

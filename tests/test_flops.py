@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
+from models import (
+    METHODS,
+    AnnealedSteps,
+    CachePolicy,
+    DetailedTokens,
+    ImageNoise,
+    count_flops,
+    create_model,
+    sample_tokens,
+)
 
 
 def meta_model(name: str, **overrides):
@@ -16,23 +27,37 @@ def meta_model(name: str, **overrides):
 
 
 # Each with and without guidance would be slow: PyTorch's counter is.
+LAZY = CachePolicy(start_step=1)
+STAGES = {
+    "num_stages": 3,
+    "num_iter": (2, 2, 2),
+    "num_sampling_steps": AnnealedSteps(9, 4, "generation"),
+    "detailed_tokens": DetailedTokens(0.3, 12),
+}
 RUNS = {
-    "baseline": (3.0, None),
-    "baseline without guidance": (1.0, None),
-    "lazy": (3.0, CachePolicy(start_step=1)),
-    "lazy without guidance": (1.0, CachePolicy(start_step=1)),
-    "no token cache": (3.0, CachePolicy(start_step=1, token_cache=False)),
-    "other caches off": (3.0, CachePolicy(start_step=1, prune_layer=0, condition_cache=False, head_cache=False)),
+    "baseline": (3.0, {}),
+    "baseline without guidance": (1.0, {}),
+    "lazy": (3.0, {"cache": LAZY}),
+    "lazy without guidance": (1.0, {"cache": LAZY}),
+    "no token cache": (3.0, {"cache": replace(LAZY, token_cache=False)}),
+    "other caches off": (3.0, {"cache": replace(LAZY, prune_layer=0, condition_cache=False, head_cache=False)}),
+    "annealed": (3.0, {"num_sampling_steps": AnnealedSteps(12, 3)}),
+    "by stages": (3.0, STAGES),
+    "lazy by stages with late guidance": (3.0, {**STAGES, "cache": LAZY, "unguided_below": 1.6}),
+    "shorter chains at lazy steps": (
+        3.0,
+        {"cache": replace(METHODS["recap"].cache, start_step=2, lazy_sampling_steps=6)},
+    ),
 }
 
 
-@pytest.mark.parametrize(("cfg", "policy"), RUNS.values(), ids=RUNS)
-def test_count_is_that_of_pytorch(cfg: float, policy: CachePolicy | None) -> None:
+@pytest.mark.parametrize(("cfg", "changes"), RUNS.values(), ids=RUNS)
+def test_count_is_that_of_pytorch(cfg: float, changes: dict) -> None:
     model = meta_model(
         "mar_base", img_size=64, encoder_embed_dim=64, encoder_depth=2, encoder_num_heads=4, class_num=3,
         decoder_embed_dim=48, decoder_depth=5, decoder_num_heads=4, diffloss_d=6, diffloss_w=40,
     )  # fmt: skip
-    settings = {"num_iter": 6, "cfg": cfg, "num_sampling_steps": 15, "cache": policy}
+    settings = {"num_iter": 6, "cfg": cfg, "num_sampling_steps": 15, **changes}
     noise = ImageNoise(model, 0, [0], 15)
     # The fused attention kernels are not in the counter's books of every PyTorch version.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

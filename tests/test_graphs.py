@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from test_methods import GUIDANCE, SMALL, short_settings
 from test_sampling import LABELS, MODEL, SETTINGS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
+from models import MAR, CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
+from models.lazymar.plan import HeadPlan, Step
 from models.lazymar.transformer import Transformer
 
 POLICIES = {
@@ -73,15 +75,15 @@ class OperationCapture:
         return operations.replay, result
 
 
-def capturing_sampler(capture: type[OperationCapture], **settings) -> Sampler:
-    sampler = Sampler(MODEL, **settings)
+def capturing_sampler(capture: type[OperationCapture], model: MAR = MODEL, **settings) -> Sampler:
+    sampler = Sampler(model, **settings)
     assert sampler.capture is None  # on a CPU
     sampler.capture = capture
     return sampler
 
 
-def batch(seed: int, size: int) -> tuple[Tensor, ImageNoise]:
-    noise = ImageNoise(MODEL, seed, range(size), SETTINGS["num_sampling_steps"])
+def batch(seed: int, size: int, model: MAR = MODEL) -> tuple[Tensor, ImageNoise]:
+    noise = ImageNoise(model, seed, range(size), SETTINGS["num_sampling_steps"])
     return LABELS.roll(seed)[:size], noise
 
 
@@ -96,6 +98,33 @@ def test_replayed_batches_are_those_of_the_eager_sampler(cfg: float, policy: Cac
         expected = sample_tokens(MODEL, labels, **settings, noise=noise)
         torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
     assert sampler.capture is OperationCapture, "it has given up, and shows nothing"
+
+
+# Chains that grow shorter, some of them shared by several steps; tokens with a chain of their own; a mix of branches.
+METHODS = {
+    "disa": {},
+    "gtr": {"num_iter": (3, 2, 2)},
+    "lazymar+gtr+lateguidance": {"num_iter": (4, 2, 2), "cache": CachePolicy(start_step=1, condition_cache=False)},
+    "disa+recap+lateguidance": {},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_replayed_batches_of_other_methods(name: str) -> None:
+    settings = {"method": name, **GUIDANCE, **short_settings(name), **METHODS[name]}
+    sampler = capturing_sampler(OperationCapture, SMALL, **settings)
+    for seed, size in enumerate([1, 2, 2, 2]):
+        labels, noise = batch(seed, size, SMALL)
+        expected = sample_tokens(SMALL, labels, **settings, noise=noise)
+        torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
+    assert sampler.capture is OperationCapture
+    heads = {(count, head) for step in sampler.plan for count, head in _calls_of_the_head(step)}
+    assert sampler.state._execute_head._captured.keys() == heads
+
+
+def _calls_of_the_head(step: Step) -> list[tuple[int, HeadPlan]]:
+    calls = (step.num_tokens - step.num_detailed, step.head), (step.num_detailed, step.detailed_head)
+    return [(count, head) for count, head in calls if count]
 
 
 def test_only_the_second_batch_of_a_size_is_captured() -> None:
@@ -200,11 +229,12 @@ class NoNoise:
         return torch.empty(draws, images, num_tokens, token_dim, device="meta")
 
 
-@pytest.mark.parametrize("policy", [None, CachePolicy()], ids=["baseline", "lazy"])
-def test_the_loop_never_waits_for_a_value(policy: CachePolicy | None) -> None:
+@pytest.mark.parametrize("name", ["mar", "lazymar", "lazymar+gtr+lateguidance", "disa+recap"])
+def test_the_loop_never_waits_for_a_value(name: str) -> None:
     with torch.device("meta"):  # where there are none: asking for one is an error
         model = create_model("mar_tiny")
         latents = torch.empty(2, model.vae_embed_dim, 16, 16)
-    sampler = Sampler(model, **SETTINGS, cache=policy)
+    settings = SETTINGS if name in ("mar", "lazymar") else short_settings(name)
+    sampler = Sampler(model, name, **settings)
     steps = list(sampler.steps(LABELS[:2], NoNoise(model), latents))
-    assert len(steps) == SETTINGS["num_iter"]
+    assert len(steps) == len(sampler.plan)

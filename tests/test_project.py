@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import CachePolicy, count_flops, create_model
+from models import METHODS, CachePolicy, count_flops, create_model
 from models.presets import PRESETS
 from util.weights.download import FILES
 
@@ -270,6 +270,16 @@ def test_the_flops_in_the_tables_are_those_that_are_counted(label: str, policy: 
     for document, column in tables.items():
         rows = [line.strip("| ").split(" | ") for line in document.read_text().splitlines()]
         assert [row[column] for row in rows if row[0] == label] == [f"{counted.total / 1e12:.2f}"], document.name
+
+
+def test_the_flops_of_all_methods_are_those_that_are_counted() -> None:
+    with torch.device("meta"):
+        model = create_model("mar_base")
+    text = (ROOT / "docs" / "methods.md").read_text()
+    table = dict(re.findall(r"^\| `([a-z+]+)` \| ([\d.]+) \|", text, flags=re.MULTILINE))
+    counted = {name: count_flops(model, name, cfg=PRESETS["mar_base"].cfg).total for name in table}
+    assert table == {name: f"{total / 1e12:.2f}" for name, total in counted.items()}
+    assert set(METHODS) < set(table)
 
 
 def test_the_changelog_begins_with_this_version() -> None:

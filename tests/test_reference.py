@@ -1,4 +1,6 @@
-"""The sampler against tensors recorded in float64 from the authors' implementation (MIT, commit 6c65efa).
+"""The sampler against tensors recorded in float64 from the authors' implementations (MIT).
+
+The annealed case is from DiSA's (commit 283fa59), the others are from LazyMAR's (commit 6c65efa).
 
 The time embedding's sinusoids were correctly rounded to float32, as ours are: one ulp more or less shows as 5e-5 here.
 `data/model.safetensors` is a small MAR of the paper's geometry; `data/case_*.npz` hold a run's settings, its orders,
@@ -19,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.schedule import respaced_timesteps
-from models import MAR, CachePolicy, create_model
+from models import MAR, AnnealedSteps, CachePolicy, create_model
 from models.diffloss import timestep_sinusoids
 from models.lazymar.sampler import SampledStep, Sampler
 
 DATA = Path(__file__).parent / "data"
-CASES = ("baseline", "lazy")
+CASES = ("baseline", "lazy", "annealed")
 
 
 class RecordedNoise:
@@ -58,18 +60,20 @@ def load_case(case: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def recorded_run(
-    case: str, recorded: dict, latents: Tensor, policy: CachePolicy | None = None
-) -> Iterator[SampledStep]:
-    """The case's run in the dtype of `latents`, which it fills in the end; `policy` replaces the case's own."""
+def recorded_run(case: str, recorded: dict, latents: Tensor, **replaced: object) -> Iterator[SampledStep]:
+    """The case's run in the dtype of `latents`, which it fills in the end; settings may replace the case's own."""
+    num_sampling_steps: int | AnnealedSteps = 100
+    if "annealing" in recorded:
+        limits = int(recorded["upper_steps"]), int(recorded["lower_steps"])
+        num_sampling_steps = AnnealedSteps(*limits, str(recorded["annealing"]))
+    own = {"num_sampling_steps": num_sampling_steps, "cache": CachePolicy() if recorded["lazy"] else None}
     sampler = Sampler(
         load_model(latents.dtype),
         num_iter=int(recorded["num_iter"]),
         cfg=float(recorded["cfg"]),
         cfg_schedule=str(recorded["cfg_schedule"]),
         temperature=float(recorded["temperature"]),
-        num_sampling_steps=100,
-        cache=policy or (CachePolicy() if recorded["lazy"] else None),
+        **{**own, **replaced},
     )
     noise = RecordedNoise(case, recorded["orders"])
     yield from sampler.steps(torch.from_numpy(recorded["labels"]), noise, latents)
@@ -96,16 +100,16 @@ def test_the_sinusoids_have_the_same_bits_on_every_processor() -> None:
 def test_every_step_and_the_latents_equal_the_authors(case: str) -> None:
     recorded = load_case(case)
     latents = torch.empty(recorded["latents"].shape, dtype=torch.float64)
-    num_steps = 0
+    denoising_steps = []
     for step in recorded_run(case, recorded, latents):
         errors = relative_errors(step.conditions.flatten(0, 1), recorded[f"z_{step.step.index}"])
         assert errors.mean() < 1e-9, f"conditions of step {step.step.index}"
-        num_steps += 1
-    assert num_steps == 64
+        denoising_steps.append(len(step.step.head.steps))
+    assert denoising_steps == recorded.get("denoising_steps", np.full(64, 100)).tolist()
     assert latent_errors(latents, recorded).mean() < 1e-9
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["baseline", "lazy"])
 def test_float32_agrees_at_the_median_token(case: str) -> None:
     recorded = load_case(case)
     latents = torch.empty(recorded["latents"].shape, dtype=torch.float32)
@@ -137,11 +141,38 @@ MISTAKES = [
 ]
 
 
+def is_seen(case: str, **replaced: object) -> bool:
+    """Whether a run with other settings has other conditions, at the first step where it has."""
+    recorded = load_case(case)
+    latents = torch.empty(recorded["latents"].shape, dtype=torch.float64)
+    return any(
+        relative_errors(step.conditions.flatten(0, 1), recorded[f"z_{step.step.index}"]).mean() > 1e-6
+        for step in recorded_run(case, recorded, latents, **replaced)
+    )
+
+
 @pytest.mark.parametrize("fields", MISTAKES, ids=str)
 def test_mistakes_in_the_policy_are_seen(fields: dict) -> None:
-    recorded = load_case("lazy")
-    latents = torch.empty(recorded["latents"].shape, dtype=torch.float64)
-    assert any(
-        relative_errors(step.conditions.flatten(0, 1), recorded[f"z_{step.step.index}"]).mean() > 1e-6
-        for step in recorded_run("lazy", recorded, latents, CachePolicy(**fields))
-    )
+    assert is_seen("lazy", cache=CachePolicy(**fields))
+
+
+ANNEALING_MISTAKES = [
+    {"schedule": "cosine"},
+    {"schedule": "two-stage"},
+    {"schedule": "constant"},
+    {"upper": 49},
+    {"upper": 51},
+    {"lower": 4},
+    {"lower": 6},
+]
+
+
+@pytest.mark.parametrize("fields", ANNEALING_MISTAKES, ids=str)
+def test_mistakes_in_the_annealing_are_seen(fields: dict) -> None:
+    assert is_seen("annealed", num_sampling_steps=AnnealedSteps(**{"upper": 50, "lower": 5, **fields}))
+
+
+@pytest.mark.parametrize("first_timestep", [999, 951, 949])
+def test_chains_that_begin_elsewhere_are_seen(first_timestep: int, monkeypatch) -> None:
+    monkeypatch.setattr("models.lazymar.methods.ANNEALED_FIRST_TIMESTEP", first_timestep)
+    assert is_seen("annealed")

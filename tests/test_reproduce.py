@@ -24,27 +24,40 @@ from ranks import CONTEXT, free_port, make_weights
 
 import report as page
 import reproduce as program
-from models import PRESETS, CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
+from models import (
+    PRESETS,
+    AnnealedSteps,
+    CachePolicy,
+    ImageNoise,
+    Method,
+    count_flops,
+    create_model,
+    find_method,
+    sample_tokens,
+)
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.plan import make_plan
+from models.lazymar.schedules import chain_timesteps
 from models.lazymar.selection import RowSelection
 from util.errors import InputError
 from util.job.processes import launch
 from util.report import figures
+from util.report.findings import Findings
 from util.report.table import other_settings
 from util.reproduction.ablations import ABLATIONS
-from util.reproduction.paper import METHODS, TABLE
+from util.reproduction.frontier import FRONTIER, costs_of
+from util.reproduction.paper import TABLE, TABLE_METHODS
 from util.reproduction.redundancy import ROW_GROUPS, measure_redundancy, trace
-from util.reproduction.results import Comparison, Conditions, Inputs, Record, Redundancy, Results, Row
+from util.reproduction.results import Comparison, Conditions, FrontierPoint, Inputs, Record, Redundancy, Results, Row
 from util.reproduction.study import inputs_of
-from util.runs.options import check, parse_options
+from util.runs.options import Options, check, parse_options
 from util.scoring.jackknife import Spread, difference, groups_of_images, jackknife
 from util.scoring.scores import Statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split(
     "--models mar_tiny --num_images 20 --ablation_images 20 --eval_bsz 10 --num_iter 8 --num_sampling_steps 3 "
-    "--ablations selection --device cpu --dtype float32"
+    "--ablations selection --method mar lazymar lazymar+disa --device cpu --dtype float32"
 )
 RANDOM = CachePolicy(start_step=1, selection="random", min_margin=0, kept_fractions=((0, 0.3),))
 
@@ -92,7 +105,8 @@ def copy(whole, tmp_path) -> Path:
 
 
 def kind_of(name: str) -> type:
-    return Comparison if name.startswith("ablation") else Redundancy if name.endswith("redundancy") else Row
+    kinds = {"ablation": Comparison, "frontier": FrontierPoint}
+    return kinds.get(name.partition("-")[0], Redundancy if name.endswith("redundancy") else Row)
 
 
 def results(folder: Path) -> dict[str, Record]:
@@ -196,8 +210,8 @@ def test_random_selection_without_the_condition_cache_takes_the_same_rows_in_bot
 
 def test_selection_is_a_flag_of_eval():
     base = ["--model", "mar_tiny", "--lazy_mar"]
-    assert check(parse_options("", base)).cache.selection == "similarity"
-    assert check(parse_options("", [*base, "--selection", "random"])).cache.selection == "random"
+    assert check(parse_options("", base)).method.cache.selection == "similarity"
+    assert check(parse_options("", [*base, "--selection", "random"])).method.cache.selection == "random"
     with pytest.raises(InputError, match="--selection must be similarity or random, not fair"):
         parse_options("", [*base, "--selection", "fair"])
 
@@ -209,7 +223,9 @@ def test_flops_per_step_sum_to_the_total_and_follow_the_plan():
     with torch.device("meta"):
         model = create_model("mar_tiny")
     plans = {
-        policy: make_plan(model.seq_len, model.buffer_size, num_iter=16, cfg=4.0, num_sampling_steps=10, policy=policy)
+        policy: make_plan(
+            model.seq_len, model.buffer_size, Method(num_iter=16, num_sampling_steps=10, cache=policy), cfg=4.0
+        )
         for policy in (None, CachePolicy(), CachePolicy(selection="random"))
     }
     for policy, plan in plans.items():
@@ -254,7 +270,7 @@ def test_traced_features_are_the_networks():
     noise = ImageNoise(model, 0, range(2), 2)
     labels, order = torch.tensor([3, 7]), noise.orders.flip(1)
     tokens = torch.randn(2, model.seq_len, model.token_dim)
-    plan = make_plan(model.seq_len, model.buffer_size, num_iter=6, cfg=3.0, policy=None)
+    plan = make_plan(model.seq_len, model.buffer_size, Method(num_iter=6), cfg=3.0)
     with torch.inference_mode():
         for features in trace(model, labels, plan, tokens, order, layer=3):
             known, masked = order[:, : features.step.start], order[:, features.step.start :]
@@ -267,7 +283,7 @@ def test_traced_features_are_the_networks():
 def test_redundancy_tells_changed_rows_from_others():
     torch.manual_seed(0)
     model = create_model("mar_tiny", img_size=16)
-    found = measure_redundancy(model, num_images=2, seed=0, cfg=3.0, num_iter=12, num_sampling_steps=2)
+    found = measure_redundancy(model, num_images=2, seed=0, cfg=3.0, method=Method(num_iter=12, num_sampling_steps=2))
     just_predicted, _, others = (np.mean(found.values[group].mean) for group in ROW_GROUPS)
     assert just_predicted < 0.9 < others <= 1
     for change in (found.change, found.error_difference, found.error_output):
@@ -288,7 +304,9 @@ def test_every_row_and_ablation_is_measured_once(whole):
     found = results(whole)
     rows = [f"{model}-{method}" for model in PRESETS for method in ("baseline", "lazymar")]
     ablations = ["ablation-baseline", "ablation-selection-similarity", "ablation-selection-chance"]
-    assert set(found) == {*rows, *ablations, "mar_tiny-redundancy"}
+    methods = ["frontier-mar", "frontier-lazymar", "frontier-lazymar+disa"]
+    assert set(found) == {*rows, *ablations, *methods, "mar_tiny-redundancy"}
+    assert [path.name for path in (whole / "mar_tiny" / "frontier").iterdir()] == ["lazymar+disa"]
     made = sorted(path.name for path in (whole / "mar_tiny" / "ablations").iterdir())
     assert made == ["prune_layer-0", "selection-chance"]  # the former is what the ablation varies: selection-similarity
     lazy, huge = found["mar_tiny-lazymar"].result, found["mar_huge-lazymar"].result
@@ -316,6 +334,53 @@ def test_distances_are_those_of_the_images(whole):
     groups = [difference[:10].mean(), difference[10:].mean()]  # the jackknife's two
     assert error == pytest.approx(abs(groups[0] - groups[1]) / 2, rel=1e-4)
     assert found["ablation-selection-chance"].result.pixel_distance_by_group == pytest.approx(groups, rel=1e-5)
+
+
+def test_a_point_of_the_frontier_holds_scores_beside_lazymars_and_costs_of_every_model(whole):
+    found = results(whole)
+    mar, lazymar, composed = (found[FrontierPoint.name(name)].result for name in ("mar", "lazymar", "lazymar+disa"))
+    assert mar.evaluation == found["mar_tiny-baseline"].result.evaluation
+    assert lazymar.scores.fid_difference == (0, 0)
+    assert mar.scores.fid_difference.value == pytest.approx(mar.scores.fid.value - lazymar.scores.fid.value)
+    assert mar.scores.fid == found["ablation-baseline"].result.fid
+    assert composed.settings == "lazymar+disa, num_iter 8" and composed.scores.fid_difference.error > 0
+    for point in (mar, lazymar, composed):
+        of_classes = point.scores.intended_by_class
+        assert len(of_classes) == 10 and np.mean(of_classes) == pytest.approx(point.scores.share_intended.value)
+        assert point.costs.keys() == PRESETS.keys() and point.costs["mar_huge"].transformer_steps == 8
+    assert mar.costs["mar_huge"].head_evaluations == 8 * 3 and mar.costs["mar_huge"].cached_numbers == 0
+    # DiSA's plan at 8 steps, of which chains that begin above timestep 950 lose one or two steps.
+    wanted = AnnealedSteps().at
+    assert composed.costs["mar_huge"].head_evaluations == sum(
+        len(chain_timesteps(wanted(step, 8, 0), 950)) for step in range(8)
+    )
+    assert composed.costs["mar_huge"].flops.encoder == lazymar.costs["mar_huge"].flops.encoder
+    # Keys and values of the encoder and behind the decoder's prune layer, the values compared, and the difference.
+    model, rows = PRESETS["mar_huge"].architecture, 256 + 64
+    width, blocks = model["encoder_embed_dim"], model["encoder_depth"]
+    assert lazymar.costs["mar_huge"].cached_numbers == (
+        2 * rows * width * blocks + 2 * rows * width * (blocks - 4) + rows * width + 256 * width
+    )
+
+
+@pytest.mark.parametrize("method", ["mar", "gtr", "lazymar+gtr", "recap", "lazymar+disa+lateguidance"])
+def test_the_costs_of_every_method_are_known_without_a_run(method):
+    costs = costs_of(check(Options(model="mar_tiny", method=find_method(method))))
+    assert costs.flops == count_flops(check(Options(model="mar_tiny")).meta_model, method, cfg=PRESETS["mar_tiny"].cfg)
+    assert costs.transformer_steps == (32 if "gtr" in method else 64)
+    if method == "mar":
+        assert costs.head_evaluations == 6400 and costs.cached_numbers == 0
+    elif "gtr" in method:  # two chains at each of the last two steps
+        assert 30 * 18 < costs.head_evaluations < 30 * 50 + 2 * 70
+
+
+def test_methods_of_the_frontier_are_chosen_by_name():
+    assert program.parse_args([]).method.keys() == set(FRONTIER)
+    assert list(program.parse_args(["--method", "DiSA+LazyMAR", "mar"]).method) == ["lazymar+disa", "mar"]
+    assert program.parse_args(["--method", "none"]).method == {}
+    for wrong, message in [("foo", "--method 'foo' is unknown"), ("lazymar+recap", "--method lazymar+recap cannot be")]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            program.parse_args(["--method", wrong])
 
 
 def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys):
@@ -377,7 +442,7 @@ def test_without_weights_the_rest_is_measured_and_the_missing_file_named(tmp_pat
     assert run(tmp_path / "run") == 0
     found = results(tmp_path / "run")
     assert not any(name.startswith("ablation") or "redundancy" in name for name in found)
-    for method in METHODS:
+    for method in TABLE_METHODS:
         row = found[Row.name("mar_tiny", method)].result
         assert nowhere in row.not_run and row.evaluation is None and not row.unfinished
         assert row.latency.seconds > 0 and row.latency.how == "timed in full"
@@ -390,7 +455,15 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     assert run(tmp_path / "run", "--dry_run") == 0
     printed = capsys.readouterr().out
-    words = ["8 steps: 6 in full, 2 lazy", "TFLOPs", "encoder", "parameters  4.4 M", "GB", "s per image"]
+    words = [
+        "lazymar+disa, mar_huge: ",
+        "8 steps: 6 in full, 2 lazy",
+        "TFLOPs",
+        "encoder",
+        "parameters  4.4 M",
+        "GB",
+        "s per image",
+    ]
     for word in [*words, "ablations: 2 further run(s)"]:
         assert word in printed, word
     assert not list(tmp_path.iterdir())
@@ -439,6 +512,26 @@ def test_the_page_holds_every_picture_and_fetches_nothing(whole):
     for source in ("2503.12450", "2506.12035", "2510.17171", "2505.20297"):
         assert f'href="https://arxiv.org/abs/{source}"' in text
     assert "15.49" in text and "23.60" in text and "299.2" in text
+
+
+def test_the_page_shows_the_frontier_with_costs_and_published_figures(whole):
+    text = make_page(whole)
+    assert (whole / "report" / "frontier.png").exists()
+    point = results(whole)["frontier-lazymar+disa"].result
+    section = text.partition("<h2>The frontier</h2>")[2].partition("<h2>")[0]
+    assert "lazymar+disa, num_iter 8" in section and f"{point.scores.share_intended.value:.1%}" in section
+    assert f"{point.costs['mar_huge'].flops.total / 1e12:.3f}" in section and "304.4" in section
+
+
+def test_the_pareto_set_is_what_nothing_beats():
+    points = [(1, 9.0), (2, 5.0), (3, 6.0), (3, 4.0), (4, 4.0), (5, 2.0)]
+    assert figures.pareto_set(points) == [(1, 9.0), (2, 5.0), (3, 4.0), (5, 2.0)]
+
+
+def test_points_of_other_settings_are_not_mixed(copy):
+    inputs = results(copy)["frontier-lazymar+disa"].inputs
+    change(copy, "frontier-lazymar+disa", inputs=dataclasses.replace(inputs, settings={**inputs.settings, "seed": 1}))
+    assert list(Findings.read(copy).frontier) == ["mar", "lazymar"]
 
 
 def test_other_settings_than_the_papers_are_named(whole):

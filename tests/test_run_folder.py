@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from models import PRESETS, AutoencoderKL
+from models import PRESETS, AutoencoderKL, CachePolicy, Method
 from models.lazymar.plan import make_plan
 from util.errors import InputError
 from util.job.processes import Job, Stopped, launch
 from util.job.progress import Progress, StepProgress
 from util.job.writers import Writers
-from util.runs.folder import Batch, RunFolder, open_folder
+from util.runs.folder import Batch, RunFolder, check_folder, open_folder
 from util.runs.images import decode, image_grid, map_images, to_uint8
+from util.runs.options import parse_options
 
 SETTINGS = {"seed": 0, "class_labels": (1, 2), "cache": {"start_step": 5}}
 
@@ -270,7 +271,7 @@ def test_progress_in_a_terminal_shows_parts_of_images(capsys, monkeypatch):
     assert " 63%|" in (shown := capsys.readouterr().err) and "1,250.3 of 2,000 images [" in shown
 
 
-STEPS = make_plan(3, 1, num_iter=3, cfg=1.0, policy=None).steps
+STEPS = make_plan(3, 1, Method(num_iter=3), cfg=1.0).steps
 
 
 def test_a_batch_moves_by_the_share_of_each_steps_flops():
@@ -330,3 +331,47 @@ def test_what_ends_a_job_decides_its_exit_code(error, code, capsys):
     assert launch(work) == code
     printed = capsys.readouterr().err
     assert {2: "error: x\n", 143: "stopped by SIGTERM; to go on: python", 1: "ValueError: x"}[code] in printed
+
+
+# Methods
+
+
+MAR_SETTINGS = {"num_iter": 64, "num_sampling_steps": 100, "lazy_mar": False, "cache": {}}
+OTHERS = [
+    "--num_iter 32",
+    "--num_sampling_steps 50",
+    "--num_sampling_steps 50:5",
+    "--num_sampling_steps 50:5:cosine",
+    "--unguided_below 1.1",
+    "--method gtr",
+    "--method gtr --num_iter 20,8,4",
+    "--method gtr --num_sampling_steps 50",
+    "--method gtr --detailed_tokens 0.2:50",
+    "--num_stages 2 --num_iter 40,24",
+    "--lazy_mar",
+    "--lazy_mar --lazy_sampling_steps 50",
+    "--method recap",
+]
+
+
+def settings_of(arguments: str) -> dict:
+    return parse_options("", arguments.split()).settings(torch.device("cpu"), torch.float32)
+
+
+def test_runs_of_methods_that_were_there_before_are_recorded_as_before():
+    assert {name: settings_of("")[name] for name in MAR_SETTINGS} == MAR_SETTINGS
+    policy = dataclasses.asdict(CachePolicy())
+    del policy["lazy_sampling_steps"], policy["head_order"]
+    assert settings_of("--lazy_mar") == {**settings_of(""), "lazy_mar": True, "cache": policy}
+    names = "model num_images class_labels eval_bsz cfg cfg_schedule temperature seed device dtype sampler_version"
+    assert settings_of("").keys() == {*names.split(), *MAR_SETTINGS}
+
+
+@pytest.mark.parametrize("began", ["", *OTHERS])
+def test_runs_that_differ_in_any_setting_of_their_methods_are_not_mixed(began, tmp_path):
+    open_folder(tmp_path, settings_of(began), {})
+    (tmp_path / "batches" / "000000.npz").touch()
+    check_folder(tmp_path, settings_of(began))
+    for other in {"", *OTHERS} - {began}:
+        with pytest.raises(InputError, match="holds a run with other settings"):
+            check_folder(tmp_path, settings_of(other))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import models.lazymar.head
-from models import MAR, CachePolicy, ImageNoise, cast_model, create_model, pack_linear_layers, sample_tokens
+from models import MAR, CachePolicy, ImageNoise, Sampler, cast_model, create_model, pack_linear_layers, sample_tokens
 from models.linear import PackedLinear, can_be_packed
 
 LABELS = torch.tensor([3, 0, 4])
@@ -69,9 +69,10 @@ def noise_for(model: MAR, batch: int, num_sampling_steps: int) -> ImageNoise:
 
 def assert_equal_to_naive(policy: CachePolicy | None, model: MAR = MODEL, batch: int = 1, **changes) -> None:
     settings = {**SETTINGS, **changes, "cache": policy}
-    settings["noise"] = noise_for(model, batch, settings["num_sampling_steps"])
-    result = sample_tokens(model, LABELS[:batch], **settings)
-    expected = naive.sample_tokens(model, LABELS[:batch], **settings)
+    sampler = Sampler(model, **settings)
+    noise = sampler.noise(5, range(batch))
+    result = sampler(LABELS[:batch], noise)
+    expected = naive.sample_tokens(model, LABELS[:batch], **settings, noise=noise)
     assert result.shape == expected.shape and result.isfinite().all()
     assert relative_error(result, expected) < 1e-9
 
@@ -138,6 +139,11 @@ POLICIES = [
     {"prune_layer": 4},
     {"prune_layer": 4, "condition_cache": False, "refresh_interval": 4},
     {"start_step": 0},
+    {"lazy_sampling_steps": 6},
+    {"head_order": 1},
+    {"head_order": 1, "head_warmup": 0.5, "head_skipped_blocks": (0, 3, 4), "head_refresh_interval": 4},
+    {"selection": "random"},
+    {"selection": "random", "prune_layer": 0, "condition_cache": False, "min_margin": 0},
     {"start_step": 1, "refresh_interval": 100},
     {"start_step": 100},
     {"refresh_interval": 1},
@@ -195,6 +201,8 @@ MISTAKES = [
     {"token_cache": False},
     {"condition_cache": False},
     {"head_cache": False},
+    {"lazy_sampling_steps": 20},
+    {"head_order": 1},
 ]
 
 
@@ -369,6 +377,8 @@ BAD_FIELDS = [
     ("head_warmup", -0.1),
     ("head_warmup", 1.1),
     ("head_warmup", math.nan),
+    ("lazy_sampling_steps", 1),
+    ("head_order", 2),
     ("kept_fractions", ()),
     ("kept_fractions", ((1, 0.5),)),
     ("kept_fractions", ((0, 1.0), (9, 0.5), (9, 0.4))),
@@ -396,6 +406,8 @@ def test_policy_defaults_are_the_papers() -> None:
         "head_refresh_interval": 7,
         "head_skipped_blocks": (1, 2, 3, 4),
         "head_warmup": 0.9,
+        "head_order": 0,
+        "lazy_sampling_steps": None,
         "token_cache": True,
         "condition_cache": True,
         "head_cache": True,

@@ -15,11 +15,15 @@ lazy steps in between reuse what hardly changes:
 - **Head cache** (`head.HeadCache`): between neighbouring denoising steps the head's blocks add nearly the same. Most
   steps add what was stored, and only a few compute both branches and all blocks.
 
-Where to read: `policy.py` says what may be varied; `plan.py` decides from it, before the first step, what every step
-computes. `caches.py` and `selection.py` hold the rules above, `transformer.py` and `head.py` the two short loops that
-they serve, `sampler.py` the loop around both. The baseline is the same loops with empty caches. `noise.py` is all that
-is random, `flops.py` counts what a plan costs, `runtime.py` executes it eagerly or as CUDA graphs.
+Other methods save elsewhere: fewer denoising steps (DiSA), other orders of prediction (GtR), other caches (ReCAP). Each
+is a short declaration in `methods.py`, and several make a composition: `find_method("lazymar+disa")`.
 
-A method of your own begins as a field of `CachePolicy`, with its meaning in `make_plan` and the rule in the cache that
-it concerns.
+Where to read: `methods.py` and `policy.py` say what may be varied, `schedules.py` how it runs over the steps; `plan.py`
+decides from it, before the first step, what every step computes. `caches.py` and `selection.py` hold the rules above,
+`transformer.py` and `head.py` the two short loops that they serve, `sampler.py` the loop around both. The baseline is
+the same loops with empty caches. `noise.py` is all that is random, `flops.py` counts what a plan costs, `runtime.py`
+executes it eagerly or as CUDA graphs.
+
+A method of your own begins as a field of `Method`, or of `CachePolicy` if it is about caches, with its meaning in
+`make_plan` and the rule in the cache that it concerns.
 """

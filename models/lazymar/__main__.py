@@ -1,11 +1,11 @@
-"""Print the plan of a run: `python -m models.lazymar --lazy_mar`."""
+"""Print the plan of a run: `python -m models.lazymar --method lazymar+disa`."""
 
 from __future__ import annotations
 
 import argparse
 
+from models.lazymar.methods import METHODS, find_method
 from models.lazymar.plan import CFG_SCHEDULES, describe, make_plan
-from models.lazymar.policy import REFERENCE_STEPS, CachePolicy
 
 
 def main() -> None:
@@ -13,14 +13,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models.lazymar", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--num_iter", type=int, default=REFERENCE_STEPS, metavar="N", help="autoregressive steps")
+    names = ", ".join(METHODS)
+    parser.add_argument("--method", default="mar", metavar="NAME", help=f"of {names}; + joins several")
+    parser.add_argument("--lazy_mar", action="store_const", const="lazymar", dest="method", help="--method lazymar")
+    parser.add_argument("--num_iter", type=int, metavar="N", help="autoregressive steps, in place of the method's")
     parser.add_argument("--cfg", type=float, default=3.25, metavar="SCALE", help="CFG scale; 1 is no guidance")
     parser.add_argument("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="how the CFG scale grows")
-    parser.add_argument("--lazy_mar", action="store_true", help="with LazyMAR's caches")
     args = parser.parse_args()
-    policy = CachePolicy() if args.lazy_mar else None
     try:
-        plan = make_plan(256, 64, num_iter=args.num_iter, cfg=args.cfg, cfg_schedule=args.cfg_schedule, policy=policy)
+        method = find_method(args.method)
+        if args.num_iter is not None:
+            method = method.replaced(num_iter=args.num_iter)
+        plan = make_plan(256, 64, method, cfg=args.cfg, cfg_schedule=args.cfg_schedule)
     except ValueError as error:
         parser.error(f"--{error}")
     print(describe(plan))

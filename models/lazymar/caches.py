@@ -149,7 +149,7 @@ class ConditionCache(NoConditionCache):
         self.difference = model.mask_token.new_empty(num_images, model.seq_len, model.mask_token.shape[-1])
 
     def complete(self, step: Step, decoded: Tensor) -> Tensor:
-        """Return the last block's output [2B, k, D] for the k tokens predicted now.
+        """Return the last block's output [2B, k, D] for the k tokens predicted now; [B, k, D] if none is guided.
 
         `decoded` is [2B, horizon - start, D] at a refresh and [B, k, D] at a lazy step.
         """
@@ -157,4 +157,6 @@ class ConditionCache(NoConditionCache):
             conditional, unconditional = decoded.chunk(2)
             self.difference[:, step.start : step.horizon] = unconditional - conditional
             return decoded[:, : step.num_tokens]
+        if step.head.num_branches == 1:
+            return decoded
         return torch.cat([decoded, decoded + self.difference[:, step.predicted]])

@@ -21,9 +21,10 @@ class Noise(Protocol):
     orders: Tensor
 
     def draw(self, step: int, num_tokens: int) -> Tensor:
-        """Return noise [num_sampling_steps + 1, B, num_tokens, C] for an autoregressive step's tokens.
+        """Return noise [S + 1 or more, B, num_tokens, C] for an autoregressive step of S denoising steps.
 
-        Tokens are in ascending position. The first entry is where denoising starts, then comes one per denoising step.
+        Tokens are in ascending position. The first entry is where denoising starts, then comes one per denoising step;
+        further ones are not used.
         """
 
 
@@ -34,7 +35,7 @@ class ImageNoise:
         model:              the network to be sampled from.
         seed:               of the run.
         indices:            [B] numbers of the images in the run, at least 0.
-        num_sampling_steps: denoising steps of the diffusion head.
+        num_sampling_steps: denoising steps of the diffusion head at most, at any autoregressive step.
         device:             where noise is drawn; another kind of device draws other noise from the same seed.
     """
 

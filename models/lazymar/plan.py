@@ -1,8 +1,8 @@
 """The plan of a run: every decision about what is computed at which step, taken before the first step.
 
 That is possible because a run's order of prediction is drawn up front and the number of tokens per step follows from a
-schedule. Whatever varies between methods is a field here; the loops that carry a plan out ask no policy.
-`python -m models.lazymar` prints the plan of a run.
+schedule. Whatever varies between methods is a field here; the loops that carry a plan out know no method and ask no
+policy. `python -m models.lazymar` prints the plan of a run.
 
 Tokens are counted in the order in which the run predicts them. Rows are the P buffer rows, then the L tokens.
 """
@@ -16,9 +16,12 @@ from enum import Enum
 from functools import cached_property
 from itertools import groupby
 
-from models.lazymar.policy import CachePolicy
+from models.lazymar.methods import Method
+from models.lazymar.policy import REFERENCE_DENOISING_STEPS, CachePolicy
+from models.lazymar.schedules import chain_timesteps, spread_evenly, stages_of_positions, tokens_masked
 
 CFG_SCHEDULES = ("linear", "constant")
+BASELINE = Method()  # MAR in full
 
 
 class DenoisingStep(Enum):
@@ -34,12 +37,16 @@ class HeadPlan:
     """The diffusion head's part of an autoregressive step's plan; steps that do the same share one object.
 
     steps:          its denoising steps, in the order of use: from index S - 1 down to 0.
+    timesteps:      the timestep of each, of the 1000 that the head was trained with.
     skipped_blocks: residual blocks that only a refresh computes.
+    order:          0: a block's output is reused as it is; 1: it is forecast from the last two.
     num_branches:   2 under guidance, the conditional and the unconditional branch; else 1.
     """
 
     steps: tuple[DenoisingStep, ...]
+    timesteps: tuple[int, ...]
     skipped_blocks: tuple[int, ...]
+    order: int
     num_branches: int
 
     @cached_property
@@ -52,20 +59,23 @@ class HeadPlan:
 class Step:
     """The plan of one autoregressive step.
 
-    index:         counted from 0.
+    index, stage:  counted from 0.
     start, stop:   the tokens predicted now; those before `start` are known.
     previous:      the first token predicted at the previous step.
-    cfg:           the CFG scale.
+    cfg:           the CFG scale; 1 at a step without guidance.
     refresh:       whether the policy has everything computed here; always True in the baseline.
     num_branches:  branches that the transformer computes: 2 for both, 1 for the conditional one.
     reuses_tokens: whether features of the tokens known before `previous` are taken from the token cache.
     num_kept:      rows that pass the prune layer.
     horizon:       the last block's output is computed for the tokens from `start` to here: beyond `stop` where steps
                    until the next refresh read it from the condition cache.
-    head:          what the diffusion head computes.
+    head:          what the diffusion head computes, for each token but the detailed ones.
+    detailed_head: what it computes for these.
+    num_detailed:  how many of the tokens predicted now, in each image, are detailed ones.
     """
 
     index: int
+    stage: int
     start: int
     stop: int
     previous: int
@@ -76,6 +86,8 @@ class Step:
     num_kept: int
     horizon: int
     head: HeadPlan
+    detailed_head: HeadPlan
+    num_detailed: int
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +104,20 @@ class Step:
         """The tokens predicted now."""
         return slice(self.start, self.stop)
 
+    @property
+    def chains(self) -> list[tuple[HeadPlan, int]]:
+        """The chains of denoising steps, and how many of an image's tokens predicted now take each; first the detailed.
+
+        Chains for no token are left out.
+        """
+        chains = [(self.detailed_head, self.num_detailed), (self.head, self.num_tokens - self.num_detailed)]
+        return [(head, count) for head, count in chains if count]
+
+    @property
+    def num_draws(self) -> int:
+        """The draws of noise that each token takes at most: where denoising starts, and one for each denoising step."""
+        return 1 + max(len(head.steps) for head, _ in self.chains)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,6 +129,7 @@ class Plan:
     lazy_branches: branches that steps between refreshes compute, and that the token cache holds.
     prune_layer:   the decoder block whose attention is the last that sees every row; None without a token cache.
     selection:     the rule for which rows pass it, one of `SELECTIONS`.
+    stages:        the stage at which each position is predicted; positions of one stage come in random order.
     """
 
     steps: tuple[Step, ...]
@@ -111,6 +138,7 @@ class Plan:
     lazy_branches: int
     prune_layer: int | None
     selection: str
+    stages: tuple[int, ...]
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
@@ -118,103 +146,152 @@ class Plan:
     def __len__(self) -> int:
         return len(self.steps)
 
+    @property
+    def heads(self) -> list[HeadPlan]:
+        """The different plans that the diffusion head has."""
+        return list(dict.fromkeys(head for step in self for head, _ in step.chains))
 
-def tokens_masked(seq_len: int, num_iter: int) -> list[int]:
-    """Return how many tokens are masked before the first step and after each one: `num_iter` + 1 counts.
-
-    This is MAR's cosine schedule, with at least one token predicted at every step.
-    """
-    masked = [seq_len]
-    for step in range(num_iter - 1):
-        wanted = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))
-        masked.append(max(1, min(wanted, masked[-1] - 1)))
-    return [*masked, 0]
+    @property
+    def head_evaluations(self) -> int:
+        """The evaluations of the head that follow one another: each denoising step of each chain of each step."""
+        return sum(len(head.steps) for step in self for head, _ in step.chains)
 
 
-def make_head_plan(num_sampling_steps: int, policy: CachePolicy | None, num_branches: int) -> HeadPlan:
-    """Return the head's plan for `num_sampling_steps` denoising steps; without a policy every step is a refresh."""
-    if policy is None or not policy.head_cache:
-        return HeadPlan((DenoisingStep.REFRESH,) * num_sampling_steps, (), num_branches)
+def make_head_plan(
+    timesteps: tuple[int, ...], policy: CachePolicy, num_branches: int, refresh_interval: int
+) -> HeadPlan:
+    """Return the head's plan for a chain of denoising steps; without the head cache every step is a refresh."""
+    num_steps = len(timesteps)
+    if not policy.head_cache:
+        return HeadPlan((DenoisingStep.REFRESH,) * num_steps, timesteps, (), 0, num_branches)
 
     def kind(index: int) -> DenoisingStep:
-        if index == num_sampling_steps - 1 or index % policy.head_refresh_interval == 0:
+        if index == num_steps - 1 or index % refresh_interval == 0:
             return DenoisingStep.REFRESH
-        return DenoisingStep.WARMUP if index > policy.head_warmup * num_sampling_steps else DenoisingStep.REUSE
+        return DenoisingStep.WARMUP if index > policy.head_warmup * num_steps else DenoisingStep.REUSE
 
-    return HeadPlan(
-        tuple(kind(index) for index in reversed(range(num_sampling_steps))), policy.head_skipped_blocks, num_branches
-    )
+    kinds = tuple(kind(index) for index in reversed(range(num_steps)))
+    return HeadPlan(kinds, timesteps, policy.head_skipped_blocks, policy.head_order, num_branches)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is decided about the order of prediction: all but what an image's seed decides.
+
+    known:        tokens that are known before the first step and after each one.
+    stages:       the stage at which each position is predicted, row-major.
+    stage_starts: the first step of each stage.
+    """
+
+    known: list[int]
+    stages: tuple[int, ...]
+    stage_starts: list[int]
+
+    @classmethod
+    def of(cls, method: Method, seq_len: int) -> Order:
+        """Return a method's. Raises ValueError, naming the setting, if it does not fit the number of tokens."""
+        if method.num_stages == 1:
+            num_iter = method.num_iter
+            if not isinstance(num_iter, int) or not 1 <= num_iter <= seq_len:
+                raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
+            return cls([seq_len - masked for masked in tokens_masked(seq_len, num_iter)], (0,) * seq_len, [0])
+        stages = stages_of_positions(seq_len, method.num_stages)
+        steps = (method.num_iter,) if isinstance(method.num_iter, int) else method.num_iter
+        known = spread_evenly([stages.count(stage) for stage in range(method.num_stages)], steps)
+        return cls(known, tuple(stages), [sum(steps[:stage]) for stage in range(method.num_stages)])
 
 
 def make_plan(
-    seq_len: int,
-    buffer_size: int,
-    *,
-    num_iter: int,
-    cfg: float,
-    cfg_schedule: str = "linear",
-    num_sampling_steps: int = 100,
-    policy: CachePolicy | None,
+    seq_len: int, buffer_size: int, method: Method = BASELINE, *, cfg: float, cfg_schedule: str = "linear"
 ) -> Plan:
-    """Return the plan of a run over `seq_len` tokens behind `buffer_size` rows; without a policy, the baseline's.
+    """Return a method's plan of a run over `seq_len` tokens behind `buffer_size` rows.
 
     Raises ValueError, naming the setting, for one that is out of range.
     """
-    if not 1 <= num_iter <= seq_len:
-        raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
     if not (math.isfinite(cfg) and cfg >= 1):
         raise ValueError(f"cfg must be a finite number of at least 1 (1: no guidance), not {cfg}")
     if cfg_schedule not in CFG_SCHEDULES:
         raise ValueError(f"cfg_schedule must be {' or '.join(CFG_SCHEDULES)}, not {cfg_schedule!r}")
-    num_rows = buffer_size + seq_len
-    known = [seq_len - masked for masked in tokens_masked(seq_len, num_iter)]
-    num_branches = 1 if cfg == 1 else 2
-    head = make_head_plan(num_sampling_steps, policy, num_branches)
-    prune_layer = None
-    if policy is None:  # every step is a refresh, and nothing is cached
-        policy = CachePolicy(start_step=num_iter, token_cache=False, condition_cache=False)
-    elif policy.token_cache:
-        prune_layer = policy.prune_layer
+    order = Order.of(method, seq_len)
+    known, num_iter = order.known, len(order.known) - 1
+    num_rows, num_branches = buffer_size + seq_len, 1 if cfg == 1 else 2
+    # Without a policy every step is a refresh, and nothing is cached.
+    policy = method.cache or CachePolicy(num_iter, token_cache=False, condition_cache=False, head_cache=False)
     condition_cache = policy.condition_cache and num_branches == 2
     lazy_branches = 1 if condition_cache else num_branches
-    refreshes = [policy.is_refresh(index) for index in range(num_iter)]
+    if method.num_stages > 1:
+        policy = policy.scaled(num_iter)
+    # A stage predicts more tokens at once than the one before, and begins with a refresh; then none is due just before.
+    refreshes = [
+        index in order.stage_starts or (policy.is_refresh(index) and index + 1 not in order.stage_starts)
+        for index in range(num_iter)
+    ]
+    scales = [cfg] * num_iter
+    if cfg_schedule == "linear":  # the schedule counts one token as masked at the last step
+        scales = [1 + (cfg - 1) * min(stop, seq_len - 1) / seq_len for stop in known[1:]]
+    scales = [scale if scale >= method.unguided_below else 1.0 for scale in scales]
+    counts = method.denoising_steps(num_iter, order.stage_starts[-1])
+    heads: dict[tuple[tuple[int, ...], int], HeadPlan] = {}
+
+    def head(count: int, scale: float) -> HeadPlan:
+        key = chain_timesteps(count, method.first_timestep), 1 if scale == 1 else 2
+        if key not in heads:
+            interval = policy.head_refresh_interval
+            if method.is_annealed:  # what is reused over as many steps of a short chain would be far off
+                interval = math.ceil(interval * len(key[0]) / REFERENCE_DENOISING_STEPS)
+            heads[key] = make_head_plan(key[0], policy, key[1], interval)
+        return heads[key]
 
     steps = []
     for index, (start, stop) in enumerate(zip(known, known[1:])):
         refresh, previous = refreshes[index], known[max(index - 1, 0)]
-        # The schedule counts one token as masked at the last step.
-        scale = 1 + (cfg - 1) * min(stop, seq_len - 1) / seq_len if cfg_schedule == "linear" else cfg
-        num_kept, horizon = num_rows, index + 1
+        next_refresh = index + 1
+        if policy.token_cache or condition_cache:
+            next_refresh = next((step for step in range(index + 1, num_iter) if refreshes[step]), num_iter)
+        # The unconditional branch is computed for the steps that follow, too, which read what it stores.
+        is_guided = any(scale > 1 for scale in scales[index:next_refresh])
+        num_kept, horizon = num_rows, stop
         if policy.token_cache and not refresh:
             wanted = int(num_rows * policy.kept_fraction(index, num_iter))
             num_kept = min(num_rows, max(stop - previous + policy.min_margin, wanted))
-        if condition_cache and refresh:
-            while horizon < num_iter and not refreshes[horizon]:
-                horizon += 1
+        if condition_cache and refresh and is_guided:
+            horizon = known[next_refresh]
+        count = counts[index]
+        if policy.lazy_sampling_steps is not None and not refresh:
+            count = min(count, policy.lazy_sampling_steps)
+        detailed = method.detailed_tokens if index >= order.stage_starts[-1] else None
         steps.append(
             Step(
                 index=index,
+                stage=sum(index >= first for first in order.stage_starts) - 1,
                 start=start,
                 stop=stop,
                 previous=previous,
-                cfg=scale,
+                cfg=scales[index],
                 refresh=refresh,
-                num_branches=num_branches if refresh else lazy_branches,
+                num_branches=(num_branches if refresh else lazy_branches) if is_guided else 1,
                 reuses_tokens=policy.token_cache and not refresh,
                 num_kept=num_kept,
-                horizon=known[horizon],
-                head=head,
+                horizon=horizon,
+                head=head(count, scales[index]),
+                detailed_head=head(detailed.num_sampling_steps if detailed else count, scales[index]),
+                num_detailed=int(round((stop - start) * detailed.share, 6)) if detailed else 0,
             )
         )
-    return Plan(tuple(steps), num_rows, num_branches, lazy_branches, prune_layer, policy.selection)
+    prune_layer = policy.prune_layer if policy.token_cache and method.cache else None
+    return Plan(tuple(steps), num_rows, num_branches, lazy_branches, prune_layer, policy.selection, order.stages)
 
 
 def describe(plan: Plan) -> str:
     """Return a table of the plan, one line per step."""
-    lines = ["step  kind     known  predicts    cfg  branches  rows kept"]
+    lines = ["step  kind     stage  known  predicts    cfg  branches  rows kept   denoising steps"]
     for step in plan:
         kind = "refresh" if step.refresh else "lazy"
-        tokens = f"{step.start:5d}  {step.num_tokens:8d}"
+        tokens = f"{step.stage:5d}  {step.start:5d}  {step.num_tokens:8d}"
         share = f"{step.num_kept:4d} of {plan.num_rows}"
-        lines.append(f"{step.index:4d}  {kind:7s}  {tokens}  {step.cfg:5.2f}  {step.num_branches:8d}  {share}")
+        denoising = f"{len(step.head.steps):4d}"
+        if step.num_detailed:
+            denoising += f", and {len(step.detailed_head.steps)} of {step.num_detailed} tokens"
+        line = f"{step.index:4d}  {kind:7s}  {tokens}  {step.cfg:5.2f}  {step.num_branches:8d}  {share}  {denoising}"
+        lines.append(line)
     return "\n".join(lines)

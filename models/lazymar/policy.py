@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SELECTIONS = ("similarity", "random")
 REFERENCE_STEPS = 64  # the number of steps that the kept fractions are listed for
+REFERENCE_DENOISING_STEPS = 100  # the length of chain that the head's refresh interval is meant for
 
 
-def _option(default: Any, help_text: str, **shown: str) -> Any:
+def option(default: Any, help_text: str, **shown: str) -> Any:
     """Declare a field with what a command line says about it."""
     return field(default=default, metadata={"help": help_text, **shown})
 
@@ -21,25 +23,27 @@ class CachePolicy:
     Raises ValueError, naming the field, for a value out of range.
     """
 
-    start_step: int = _option(5, "every step before this one is a refresh, which computes everything")
-    refresh_interval: int = _option(9, "from the start step on, one step in this many is a refresh")
-    prune_layer: int = _option(3, "decoder block after whose attention only the least similar rows go on")
-    kept_fractions: tuple[tuple[int, float], ...] = _option(
+    start_step: int = option(5, "every step before this one is a refresh, which computes everything")
+    refresh_interval: int = option(9, "from the start step on, one step in this many is a refresh")
+    prune_layer: int = option(3, "decoder block after whose attention only the least similar rows go on")
+    kept_fractions: tuple[tuple[int, float], ...] = option(
         ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
         "fraction of rows that pass the prune layer, from each listed step of 64 on",
     )
-    min_margin: int = _option(15, "rows kept at least, besides those predicted at this step and the one before")
-    selection: str = _option(
+    min_margin: int = option(15, "rows kept at least, besides those predicted at this step and the one before")
+    selection: str = option(
         "similarity",
         "which rows pass the prune layer: the least similar, or any",
         metavar="{" + ",".join(SELECTIONS) + "}",
     )
-    head_refresh_interval: int = _option(7, "denoising steps whose index is a multiple of this run the head in full")
-    head_skipped_blocks: tuple[int, ...] = _option((1, 2, 3, 4), "head blocks replaced by what they last added")
-    head_warmup: float = _option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
-    token_cache: bool = _option(True, "reuse token features: the encoder's keys and values, the decoder's pruned rows")
-    condition_cache: bool = _option(True, "reuse the difference between the unconditional and conditional branch")
-    head_cache: bool = _option(True, "reuse the diffusion head's features between denoising steps")
+    head_refresh_interval: int = option(7, "denoising steps whose index is a multiple of this run the head in full")
+    head_skipped_blocks: tuple[int, ...] = option((1, 2, 3, 4), "head blocks replaced by what they last added")
+    head_order: int = option(0, "0 reuses a block's output as it is, 1 continues the line through the last two")
+    head_warmup: float = option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
+    lazy_sampling_steps: int | None = option(None, "denoising steps of lazy steps at most, for all but detailed tokens")
+    token_cache: bool = option(True, "reuse token features: the encoder's keys and values, the decoder's pruned rows")
+    condition_cache: bool = option(True, "reuse the difference between the unconditional and conditional branch")
+    head_cache: bool = option(True, "reuse the diffusion head's features between denoising steps")
 
     def __post_init__(self) -> None:
         def check(valid: bool, name: str, wanted: str) -> None:
@@ -53,7 +57,9 @@ class CachePolicy:
         check(self.selection in SELECTIONS, "selection", " or ".join(SELECTIONS))
         check(self.head_refresh_interval >= 1, "head_refresh_interval", "at least 1")
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
+        check(self.head_order in (0, 1), "head_order", "0 or 1")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
+        check(self.lazy_sampling_steps is None or self.lazy_sampling_steps >= 2, "lazy_sampling_steps", "at least 2")
         starts = [start for start, _ in self.kept_fractions]
         in_order = starts[:1] == [0] and all(before < after for before, after in zip(starts, starts[1:]))
         in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
@@ -62,6 +68,14 @@ class CachePolicy:
     def is_refresh(self, step: int) -> bool:
         """Return whether everything is computed at this step."""
         return step == 0 or step < self.start_step or (step - self.start_step) % self.refresh_interval == 0
+
+    def scaled(self, num_iter: int) -> CachePolicy:
+        """Return the policy with start step and refresh interval at the same progress through `num_iter` steps."""
+
+        def scale(steps: int) -> int:
+            return math.ceil(steps * num_iter / REFERENCE_STEPS)
+
+        return replace(self, start_step=scale(self.start_step), refresh_interval=scale(self.refresh_interval))
 
     def kept_fraction(self, step: int, num_iter: int) -> float:
         """Return the fraction of rows kept, looked up at the same progress through a run of `num_iter` steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from models.lazymar.head import HeadSampler
+from models.lazymar.methods import Method, find_method
 from models.lazymar.noise import ImageNoise, Noise
-from models.lazymar.plan import Step, make_plan
-from models.lazymar.policy import CachePolicy
+from models.lazymar.plan import HeadPlan, Step, make_plan
 from models.lazymar.runtime import Capture, CaptureError, CudaCapture, Executor
+from models.lazymar.selection import detail
 from models.lazymar.transformer import Transformer
 from models.mar import MAR
 
@@ -41,13 +42,12 @@ class Sampler:
     On a GPU the steps are captured as CUDA graphs. Where that fails they run eagerly, with a warning.
 
     Args:
-        model:              the network; its device and dtype are used.
-        num_iter:           autoregressive steps, 1 to the number of tokens.
-        cfg, cfg_schedule:  CFG scale (1: no guidance) and "linear" or "constant".
-        temperature:        scales the noise of the denoising steps.
-        num_sampling_steps: denoising steps of the diffusion head, 2 to 1000.
-        cache:              LazyMAR's policy, or None for the baseline.
-        cuda_graphs:        whether to capture them, on a GPU.
+        model:             the network; its device and dtype are used.
+        method:            the method, or its name, such as "lazymar" or "lazymar+disa".
+        cfg, cfg_schedule: CFG scale (1: no guidance) and "linear" or "constant".
+        temperature:       scales the noise of the denoising steps.
+        cuda_graphs:       whether to capture them, on a GPU.
+        settings:          fields of `Method` that replace the method's, such as `num_iter` or `cache`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -56,34 +56,25 @@ class Sampler:
     def __init__(
         self,
         model: MAR,
+        method: Method | str = "mar",
         *,
-        num_iter: int = 64,
         cfg: float = 3.25,
         cfg_schedule: str = "linear",
         temperature: float = 1.0,
-        num_sampling_steps: int = 100,
-        cache: CachePolicy | None = None,
         cuda_graphs: bool = True,
+        **settings: Any,
     ) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
-        self.model, self.num_sampling_steps = model, num_sampling_steps
-        self.device = model.mask_token.device
+        self.model, self.device = model, model.mask_token.device
         self.dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
-        self.plan = make_plan(
-            model.seq_len,
-            model.buffer_size,
-            num_iter=num_iter,
-            cfg=cfg,
-            cfg_schedule=cfg_schedule,
-            num_sampling_steps=num_sampling_steps,
-            policy=cache,
-        )
+        method = (find_method(method) if isinstance(method, str) else method).replaced(**settings)
+        self.plan = make_plan(model.seq_len, model.buffer_size, method, cfg=cfg, cfg_schedule=cfg_schedule)
+        self.num_draws = max(step.num_draws for step in self.plan)
         with torch.inference_mode():
             self.guidance = torch.tensor([step.cfg - 1 for step in self.plan], dtype=self.dtype, device=self.device)
             self.heads = {
-                plan: HeadSampler(model.diffloss.net, plan, temperature, self.dtype)
-                for plan in {step.head for step in self.plan}
+                plan: HeadSampler(model.diffloss.net, plan, temperature, self.dtype) for plan in self.plan.heads
             }
         captures = cuda_graphs and self.device.type == "cuda"
         self.capture: Callable[[], Capture] | None = partial(CudaCapture, self.device) if captures else None
@@ -134,6 +125,10 @@ class Sampler:
         side = self.model.grid_size * self.model.patch_size
         return torch.empty(batch_size, self.model.vae_embed_dim, side, side, dtype=self.dtype, device=self.device)
 
+    def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
+        """Return the noise of a run's images [B], by their numbers, drawn on the model's device."""
+        return ImageNoise(self.model, seed, indices, self.num_draws - 1, self.device)
+
     def _sample(self, class_labels: Tensor, noise: Noise | None, on_step: Callable[[Step], object] | None) -> Tensor:
         latents = self.empty_latents(len(class_labels))
         for sampled in self.steps(class_labels, noise, latents):
@@ -149,7 +144,7 @@ class Sampler:
         if int(class_labels.min()) < 0 or int(class_labels.max()) >= model.class_num:
             raise ValueError(f"class_labels must be from 0 to {model.class_num - 1}")
         if noise is None:
-            noise = ImageNoise(model, 0, range(len(class_labels)), self.num_sampling_steps, self.device)
+            noise = self.noise(0, range(len(class_labels)))
         if noise.orders.shape != (len(class_labels), model.seq_len):
             raise ValueError(
                 f"noise.orders must be [{len(class_labels)}, {model.seq_len}] for these class_labels and this model, "
@@ -163,6 +158,8 @@ class Sampler:
         # Tokens are kept in the order of prediction, those of one step in ascending position: every set of tokens that
         # a step needs is then a slice.
         order = noise.orders.to(self.device).flip(1)
+        stages = torch.tensor(self.plan.stages, device=self.device)
+        order = order.gather(1, stages[order].argsort(dim=1, stable=True))
         positions = torch.cat([order[:, step.predicted].sort(dim=1).values for step in self.plan], dim=1)
         tokens = torch.zeros(*positions.shape, model.token_dim, dtype=self.dtype, device=self.device)
 
@@ -172,13 +169,13 @@ class Sampler:
         state = self.state
         state.transformer.begin(class_labels, positions)
         for step in self.plan:
-            draws = noise.draw(step.index, step.num_tokens).to(self.device, self.dtype)
-            shape = (len(step.head.steps) + 1, len(positions), step.num_tokens, model.token_dim)
-            if draws.shape != shape:
-                raise ValueError(f"noise.draw must return {list(shape)} here, not {list(draws.shape)}")
+            draws = noise.draw(step.index, step.num_tokens)
+            shape = (step.num_draws, len(positions), step.num_tokens, model.token_dim)
+            if len(draws) < step.num_draws or draws.shape[1:] != shape[1:]:
+                raise ValueError(f"noise.draw must return {list(shape)} here, or more draws, not {list(draws.shape)}")
+            draws = draws[: step.num_draws].to(self.device, self.dtype)
             conditions = state.conditions(step, tokens)
-            predicted = state.denoise(step, conditions.flatten(0, 1), draws.flatten(1, 2), self.guidance[step.index])
-            tokens[:, step.predicted] = predicted.unflatten(0, (-1, step.num_tokens))
+            tokens[:, step.predicted] = state.denoise(step, conditions, draws, self.guidance[step.index])
             yield SampledStep(step, conditions, tokens[:, step.predicted])
         state.end_batch()
         in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
@@ -201,9 +198,33 @@ class _State:
         return self._execute_step(step.index, partial(_conditions, self.transformer, step, self._dtype), tokens)
 
     def denoise(self, step: Step, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
-        """Return the step's tokens [B * k, C]; steps with as many tokens and the same head plan share a graph."""
-        key = step.num_tokens, step.head
-        return self._execute_head(key, self._heads[step.head], conditions, draws, guidance)
+        """Return the step's tokens [B, k, C], from draws [S + 1, B, k, C] of noise; detailed ones have their own chain.
+
+        Calls for as many tokens with the same plan of the head share a graph.
+        """
+        if not step.num_detailed:
+            return self._denoise(step.head, conditions, draws, guidance)
+        tokens = torch.empty_like(draws[0])
+        by_detail = detail(conditions[: self.num_images]).argsort(dim=1, descending=True, stable=True)
+        heads, sizes = zip(*step.chains)
+        for head, chosen in zip(heads, by_detail.split(sizes, dim=1)):
+            rows = chosen.sort(dim=1).values[..., None]
+            branches = rows.repeat(len(conditions) // self.num_images, 1, 1)
+            made = self._denoise(
+                head,
+                conditions.take_along_dim(branches, dim=1),
+                draws.take_along_dim(rows[None], dim=2),
+                guidance,
+            )
+            tokens.scatter_(1, rows.expand_as(made), made)
+        return tokens
+
+    def _denoise(self, head: HeadPlan, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
+        num_tokens = draws.shape[2]
+        draws = draws[: len(head.steps) + 1].flatten(1, 2)
+        key = num_tokens, head
+        made = self._execute_head(key, self._heads[head], conditions.flatten(0, 1), draws, guidance)
+        return made.unflatten(0, (-1, num_tokens))
 
     @property
     def is_warm(self) -> bool:

@@ -1,4 +1,4 @@
-"""The choice of the rows that pass the prune layer, on which the token cache's saving in the decoder rests."""
+"""The choices that depend on what is computed: rows that pass the prune layer, and tokens that are denoised longer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Similarity:
     def scores(self, step: Step, attention: Attention, values: Tensor) -> Tensor:
         """Return the similarity [B, R] of each row, given the values [B, R, D] of the prune layer."""
         dtype = torch.promote_types(values.dtype, torch.float32)  # similarities near 1 would tie in half precision
-        now, before = (attention.split_heads(rows.to(dtype)) for rows in (values, self.previous))
+        now, before = (attention.split_heads(rows.to(dtype)) for rows in (values, self.previous[: len(values)]))
         return F.cosine_similarity(now, before, dim=-1).mean(dim=-1)
 
     def remember(self, values: Tensor) -> None:
-        """Keep the values, of which there are at least as many sequences as are kept, for the next step."""
-        self.previous.copy_(values[: len(self.previous)])
+        """Keep the values for the next step, as far as there is room."""
+        kept = values[: len(self.previous)]
+        self.previous[: len(kept)] = kept
 
 
 class Chance:
@@ -52,7 +53,7 @@ class Chance:
 
     def scores(self, step: Step, attention: Attention, values: Tensor) -> Tensor:
         """Return a copy of the step's ranking [B, R]."""
-        return self.rankings[step.index].clone()
+        return self.rankings[step.index, : len(values)].clone()
 
     def remember(self, values: Tensor) -> None:
         """Keep nothing."""
@@ -97,3 +98,15 @@ class RowSelection:
     def predicted_now(step: Step) -> slice:
         """Return where among the rows kept those of the tokens predicted now are: behind the previous step's."""
         return slice(step.start - step.previous, step.stop - step.previous)
+
+
+def detail(conditions: Tensor) -> Tensor:
+    """Return how detailed tokens are [B, k], by the conditional branch's conditions [B, k, D].
+
+    It is the amplitude of the frequencies n = 1 to D / 2 of a condition over its channels, summed with weights that
+    grow from 1 to 2 (GtR, arXiv 2510.17171; frequency-weighted token selection).
+    """
+    amplitudes = torch.fft.rfft(conditions.to(torch.promote_types(conditions.dtype, torch.float32))).abs()[..., 1:]
+    count = amplitudes.shape[-1]
+    weights = 1 + torch.arange(1, count + 1, device=conditions.device, dtype=amplitudes.dtype) / count
+    return (amplitudes * weights).sum(dim=-1)

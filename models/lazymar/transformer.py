@@ -65,7 +65,7 @@ class Transformer:
     def __call__(self, step: Step, tokens: Tensor) -> Tensor:
         """Return the conditions of the k tokens predicted now, from all tokens [B, L, C] in the order of prediction.
 
-        They are [B, k, D], or [2B, k, D] under guidance, the conditional branch first.
+        They are [B, k, D], or [2B, k, D] at a step under guidance, the conditional branch first.
         """
         return self.decode(step, self.encode(step, tokens))
 
@@ -98,8 +98,8 @@ class Transformer:
             elif number == self.plan.prune_layer:
                 going_on = rows = self.token_cache.rows_going_on(step, block.attn, values)
             x = block.finish(take(x, going_on), take(queries, going_on), keys, values)
-        decoded = self.condition_cache.complete(step, x)
-        return self.model.conditions(decoded, self.positions[:, step.predicted])
+        decoded = self.condition_cache.complete(step, x)[: step.head.num_branches * self.num_images]
+        return self.model.conditions(decoded, self.positions[: len(decoded), step.predicted])
 
     def _positions(self, step: Step) -> Tensor:
         """Return the positions [B, L] of the sequences that the step computes."""

@@ -15,14 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from models.lazymar.flops import Flops
 from models.lazymar.plan import Plan
 from util.report.words import MODEL_NAMES
-from util.reproduction.paper import METHODS, OTHER_METHODS, TABLE
-from util.reproduction.results import Comparison, Redundancy
+from util.reproduction.paper import GTR_TABLE, OTHER_METHODS, TABLE, TABLE_METHODS
+from util.reproduction.results import Comparison, FrontierPoint, Redundancy
 
 matplotlib.use("agg")  # files alone, no windows
 
@@ -89,11 +89,11 @@ def in_style(function: Callable[..., Figure]) -> Callable[..., bytes]:
 def quality_and_speed(measured: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """FID over speed-up on ImageNet: the papers' figures, and ours where there are any.
 
-    `measured`: by model, (speed-up, FID) of each of `METHODS`.
+    `measured`: by model, (speed-up, FID) of each of `TABLE_METHODS`.
     """
     figure, (axes,) = draw(4.6)
     for model, colour, marker in zip(("mar_base", "mar_large", "mar_huge"), (GREEN, VERMILION, BLUE), MARKERS):
-        rows = [TABLE[model, method] for method in METHODS]
+        rows = [TABLE[model, method] for method in TABLE_METHODS]
         points = [row.speed_up for row in rows], [row.fid for row in rows]
         name = f"MAR-{MODEL_NAMES[model]}"
         axes.plot(*points, color=colour, marker=marker, mfc="white", label=f"{name}, LazyMAR's paper")
@@ -140,6 +140,62 @@ def small_model_quality_and_speed(baseline: Comparison, ablations: Mapping[str, 
     axes.set(xlabel="Speed-up of sampling, measured", ylabel="FID* (lower is better)")
     figure.legend(loc="outside lower center", ncols=1)
     return figure
+
+
+@in_style
+def frontier(measured: Mapping[str, FrontierPoint], model: str) -> Figure:
+    """FID of the embedded model, `model`, over seconds and over FLOPs, and below them MAR-H's as published.
+
+    A line joins the methods of which none is both faster and better.
+    """
+    figure, panels = draw(10.6, 3)
+    seconds, flops, published = panels
+    points: dict[Axes, list[tuple[float, float]]] = {seconds: [], flops: []}
+    for number, (name, point) in enumerate(measured.items()):
+        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[(number + number // len(MARKERS)) % len(COLOURS)]
+        if point.scores is None or point.evaluation is None:
+            continue
+        costs = {seconds: point.evaluation.sampling_seconds, flops: point.costs[model].flops.total / 1e9}
+        for axes, cost in costs.items():
+            if cost:
+                fid, error = point.scores.fid
+                points[axes].append((cost, fid))
+                axes.errorbar(cost, fid, error, color=colour, marker=marker, ls="", elinewidth=1, capsize=2,
+                              mec=BLACK, mew=0.6, label=name if axes is flops else None)  # fmt: skip
+    for axes in points:
+        draw_pareto_set(axes, points[axes])
+        axes.set(xscale="log", ylabel="FID* (lower is better)")
+    seconds.set(title="mar_tiny, measured", xlabel="Seconds of sampling per image")
+    flops.set(title="mar_tiny, counted", xlabel="GFLOPs per image")
+    draw_pareto_set(published, [(row.tflops, row.fid) for row in GTR_TABLE])
+    for row in GTR_TABLE:
+        published.plot(row.tflops, row.fid, color="white", mec=BLACK, marker="o", ls="")
+        offset, alignment = (-9, "right") if row.tflops > 40 else (9, "left")
+        published.annotate(row.name, (row.tflops, row.fid), (offset, 0), textcoords="offset points", ha=alignment,
+                           va="center")  # fmt: skip
+    published.set(title="MAR-H on ImageNet, GtR's table", xscale="log", xlim=(13, 85), ylim=(1.4, 3.5))
+    published.set(xlabel="TFLOPs per image", ylabel="FID (lower is better)")
+    for axes in panels:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def pareto_set(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those points (cost, FID) of which no other is at most as dear and better, by rising cost."""
+    best: list[tuple[float, float]] = []
+    for cost, fid in sorted(points):
+        if not best or fid < best[-1][1]:
+            best.append((cost, fid))
+    return best
+
+
+def draw_pareto_set(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Join the Pareto set by a line, behind the markers."""
+    if best := pareto_set(points):
+        axes.plot(*zip(*best), color=BLACK, lw=1.2, ls="--", zorder=1)
 
 
 @in_style

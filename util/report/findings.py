@@ -8,8 +8,9 @@ from pathlib import Path
 from models import PRESETS
 from util.errors import InputError
 from util.reproduction.ablations import ABLATIONS
-from util.reproduction.paper import METHODS
-from util.reproduction.results import Comparison, Record, Redundancy, Results, Row, T
+from util.reproduction.frontier import FRONTIER
+from util.reproduction.paper import TABLE_METHODS
+from util.reproduction.results import Comparison, FrontierPoint, Record, Redundancy, Results, Row, T
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Findings:
     baseline:   the baseline's images that the ablations are compared with.
     ablations:  by name, each setting's comparison by its label, in `ABLATIONS`' order; those that can be compared with
                 `baseline` and no others.
+    frontier:   by method, in the order of `FRONTIER`; those that differ from the first in nothing but the method.
     redundancy: by model.
     damaged:    a sentence for each file that could not be read.
     """
@@ -29,6 +31,7 @@ class Findings:
     rows: dict[tuple[str, str], Record[Row]]
     baseline: Record[Comparison] | None
     ablations: dict[str, dict[str, Record[Comparison]]]
+    frontier: dict[str, Record[FrontierPoint]]
     redundancy: dict[str, Record[Redundancy]]
     damaged: list[str]
 
@@ -44,7 +47,7 @@ class Findings:
                 damaged.append(str(error))
                 return None
 
-        rows = {(model, method): read(Row, Row.name(model, method)) for model in PRESETS for method in METHODS}
+        rows = {(model, method): read(Row, Row.name(model, method)) for model in PRESETS for method in TABLE_METHODS}
         redundancy = {model: read(Redundancy, Redundancy.name(model)) for model in PRESETS}
         baseline = read(Comparison, Comparison.name(None, "baseline"))
         ablations = {}
@@ -55,11 +58,20 @@ class Findings:
                 for label, record in read_ones.items()
                 if record and baseline and record.inputs.differ_in_policy_alone(baseline.inputs)
             }
+        names = [path.stem.partition("-")[2] for path in sorted(files.folder.glob(f"{FrontierPoint.name('*')}.json"))]
+        names.sort(key=lambda name: FRONTIER.index(name) if name in FRONTIER else len(FRONTIER))
+        points = {name: point for name in names if (point := read(FrontierPoint, FrontierPoint.name(name)))}
+        first = next(iter(points.values()), None)
         findings = cls(
             folder=folder,
             rows={key: record for key, record in rows.items() if record},
             baseline=baseline,
             ablations={name: settings for name, settings in ablations.items() if settings},
+            frontier={
+                name: point
+                for name, point in points.items()
+                if first and point.inputs.differ_in_method_alone(first.inputs)
+            },
             redundancy={model: record for model, record in redundancy.items() if record},
             damaged=damaged,
         )
@@ -74,6 +86,7 @@ class Findings:
             records[Comparison.name(None, "baseline")] = self.baseline
         for name, settings in self.ablations.items():
             records.update({Comparison.name(name, label): record for label, record in settings.items()})
+        records.update({FrontierPoint.name(name): record for name, record in self.frontier.items()})
         records.update({Redundancy.name(model): record for model, record in self.redundancy.items()})
         return dict(sorted(records.items()))
 

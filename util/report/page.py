@@ -13,12 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from models import PRESETS
+from util.machine import DTYPES
 from util.report import figures, words
 from util.report.findings import Findings
 from util.report.table import LABELS, table_rows
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS
-from util.reproduction.paper import LAZYMAR_PAPER, MAR_PAPER, METHODS, OTHER_METHODS
-from util.reproduction.results import Comparison, Row
+from util.reproduction.paper import GTR_TABLE, GTR_TABLE_SOURCE, LAZYMAR_PAPER, MAR_PAPER, OTHER_METHODS, TABLE_METHODS
+from util.reproduction.results import Comparison, Costs, Row
 from util.runs.options import Options, check
 
 HERE = Path(__file__).parent
@@ -38,6 +39,8 @@ ENVIRONMENT.globals.update(
     lazymar_paper=LAZYMAR_PAPER,
     mar_paper=MAR_PAPER,
     other_methods=OTHER_METHODS,
+    gtr_table=GTR_TABLE,
+    gtr_table_source=GTR_TABLE_SOURCE,
 )
 CAPTIONS: Any = ENVIRONMENT.get_template("captions.html").module  # a function for each macro
 
@@ -67,6 +70,7 @@ def render(findings: Findings) -> tuple[str, list[Picture]]:
     ablations = list(ablation_parts(findings))
     sections = {
         "quality_and_speed": list(quality_and_speed(findings)),
+        "frontier": list(frontier(findings)),
         "pairs": list(pairs(findings)),
         "ablation_pictures": [ablation.picture for ablation in ablations],
         "redundancy": list(redundancy(findings)),
@@ -80,6 +84,9 @@ def render(findings: Findings) -> tuple[str, list[Picture]]:
         rows=table_rows(findings),
         baseline=findings.baseline.result if findings.baseline else None,
         ablations=ablations,
+        points={name: record.result for name, record in findings.frontier.items()},
+        small=ABLATED_MODEL,
+        costs=list(costs(findings)),
         conditions=conditions(findings),
         **sections,
     )
@@ -100,7 +107,7 @@ class SmallModel(NamedTuple):
 
 def small_model(findings: Findings) -> SmallModel | None:
     """The embedded model's results in words; None unless both methods were evaluated."""
-    rows = [findings.rows[key].result for method in METHODS if (key := (ABLATED_MODEL, method)) in findings.rows]
+    rows = [findings.rows[key].result for method in TABLE_METHODS if (key := (ABLATED_MODEL, method)) in findings.rows]
     evaluations = [row.evaluation for row in rows if row.evaluation]
     if len(evaluations) < 2:
         return None
@@ -116,7 +123,9 @@ def problems(findings: Findings) -> list[str]:
     for name in findings.ablations:
         if lacking := findings.lacking(name):
             unfinished.append(f"{ABLATIONS[name].title.lower()} {', '.join(lacking)}")
-    lost = [Row.name(model, method) for model in PRESETS for method in METHODS if (model, method) not in findings.rows]
+    lost = [
+        Row.name(model, method) for model in PRESETS for method in TABLE_METHODS if (model, method) not in findings.rows
+    ]
     found = [f"PARTIAL: not finished are {'; '.join(unfinished)}."] if unfinished else []
     found += [f"PARTIAL: there is no result of {', '.join(lost)}."] if lost else []
     return found + findings.damaged
@@ -146,7 +155,7 @@ def quality_and_speed(findings: Findings) -> Iterator[Picture]:
     """Published figures, with our own of the same models, and the ablations of the embedded model."""
     measured = {}
     for model in ("mar_base", "mar_large", "mar_huge"):
-        rows = [findings.rows[key].result for method in METHODS if (key := (model, method)) in findings.rows]
+        rows = [findings.rows[key].result for method in TABLE_METHODS if (key := (model, method)) in findings.rows]
         fids = [row.evaluation.fid for row in rows if row.evaluation and row.evaluation.fid is not None]
         if len(fids) == 2:
             measured[model] = [(rows[0].flops.total / row.flops.total, fid) for row, fid in zip(rows, fids)]
@@ -170,13 +179,43 @@ def quality_and_speed(findings: Findings) -> Iterator[Picture]:
         )
 
 
+def frontier(findings: Findings) -> Iterator[Picture]:
+    """Quality against speed of every method on the embedded model, if two were evaluated, beside published figures."""
+    points = {name: record.result for name, record in findings.frontier.items()}
+    if sum(point.scores is not None for point in points.values()) >= 2:
+        yield Picture(
+            "frontier",
+            figures.frontier(points, ABLATED_MODEL),
+            "FID of mar_tiny against seconds and FLOPs for each method, and published figures of MAR-H",
+            CAPTIONS.frontier(points),
+        )
+
+
+class ModelCosts(NamedTuple):
+    """What each method costs a model, by the method's name, and how many bytes a cached number has."""
+
+    title: str
+    methods: dict[str, Costs]
+    itemsize: int
+
+
+def costs(findings: Findings) -> Iterator[ModelCosts]:
+    """The costs of each model, the paper's first; those of several methods were counted alike."""
+    for model in PRESETS:
+        methods = {name: record.result.costs[model] for name, record in findings.frontier.items()}
+        if methods:
+            dtype = "float32" if model == ABLATED_MODEL else "bfloat16"
+            title = model if model == ABLATED_MODEL else f"MAR-{words.MODEL_NAMES[model]}"
+            yield ModelCosts(title, methods, DTYPES[dtype].itemsize)
+
+
 def pairs(findings: Findings) -> Iterator[Picture]:
     """The first images of each model by both methods, if they were made with the same seed."""
     for model in PRESETS:
-        folders = [findings.images(model, method) for method in METHODS]
+        folders = [findings.images(model, method) for method in TABLE_METHODS]
         there = [all((folder / f"{index:06d}.png").exists() for folder in folders) for index in range(PAIRS)]
         count = there.index(False) if False in there else PAIRS
-        records = [findings.rows[key] for method in METHODS if (key := (model, method)) in findings.rows]
+        records = [findings.rows[key] for method in TABLE_METHODS if (key := (model, method)) in findings.rows]
         seeds = {record.inputs.settings["seed"] for record in records}
         if count >= 2 and len(seeds) == 1:
             yield Picture(
@@ -249,7 +288,7 @@ def flops(findings: Findings) -> Iterator[Picture]:
     for model in ("mar_huge", ABLATED_MODEL):
         steps = {
             words.network_name(method): findings.rows[model, method].result.flops_per_step
-            for method in METHODS
+            for method in TABLE_METHODS
             if (model, method) in findings.rows
         }
         if len(steps) == 2:
@@ -265,7 +304,10 @@ def rows_by_step() -> Picture:
     """The rows that the paper's models compute at each of 64 steps, by the plan of each method."""
     options = check(Options())
     buffer_size, seq_len = options.meta_model.buffer_size, options.meta_model.seq_len
-    plans = {words.network_name(method): replace(options, cache=policy).plan for method, policy in METHODS.items()}
+    plans = {
+        words.network_name(method): replace(options, method=its_method).plan
+        for method, its_method in TABLE_METHODS.items()
+    }
     return Picture(
         "rows_by_step",
         figures.rows_by_step(plans, buffer_size, seq_len),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +9,9 @@ from typing import NamedTuple
 from models import PRESETS
 from util.report.findings import Findings
 from util.report.words import number, row_title
-from util.reproduction.paper import METHODS, PARAMETERS, TABLE
+from util.reproduction.paper import PARAMETERS, TABLE, TABLE_METHODS
 from util.reproduction.results import Evaluation, Record, Row
+from util.runs.methods import record_settings
 from util.runs.options import Options
 
 LABELS = ("Model", "FID", "IS", "s per image", "TFLOPs", "Parameters", "Speed-up")
@@ -119,13 +119,12 @@ def remarks_on(record: Record[Row], images_made: int) -> list[str]:
 def other_settings(record: Record[Row]) -> list[str]:
     """The settings that differ from the paper's, in words."""
     row, settings = record.result, record.inputs.settings
-    defaults, policy = Options(model=row.model), METHODS[row.method]
-    paper = {name: getattr(defaults, name) for name in ("num_iter", "num_sampling_steps", "cfg_schedule",
-                                                         "temperature")}  # fmt: skip
+    defaults, method = Options(model=row.model), TABLE_METHODS[row.method]
+    paper = {name: getattr(defaults, name) for name in ("cfg_schedule", "temperature")}
+    paper.update(num_iter=method.num_iter, num_sampling_steps=method.num_sampling_steps)
     paper["cfg"] = PRESETS[row.model].cfg
     if row.evaluation or row.unfinished:
         paper["num_images"] = PAPER_IMAGES
-    if policy is not None:
-        paper.update(json.loads(json.dumps(dataclasses.asdict(policy))))
+    paper.update(json.loads(json.dumps(record_settings(method)["cache"])))
     own = {**settings, **settings["cache"]}
     return [f"{name} {own[name]} instead of {value}" for name, value in paper.items() if own.get(name) != value]

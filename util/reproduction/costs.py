@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from models import MAR, Sampler
+from models import MAR, PRESETS, Method, Sampler
 from models.lazymar.flops import Flops
 from util.reproduction.ablations import ABLATED_MODEL
-from util.reproduction.paper import METHODS
+from util.reproduction.frontier import costs_of
+from util.reproduction.paper import TABLE_METHODS, name_in_table
+from util.reproduction.results import Costs
 from util.reproduction.study import Study, missing_file
 from util.reproduction.timing import Latency, time_sampling
 from util.runs.memory import memory_needed
@@ -21,25 +23,31 @@ def print_costs(study: Study, device: torch.device, dtype: torch.dtype, processe
     """Print what a study would compute, and how long that would take; write nothing."""
     total, rates = 0.0, {}
     for model in study.models:
-        for method, policy in METHODS.items():
-            options = study.options(model, policy)
+        for name, method in TABLE_METHODS.items():
+            options = study.options(model, method)
             latency, batch_size = time_batch(options, device, dtype)
             seconds = latency.seconds / batch_size
-            print(describe(options, method, dtype), flush=True)
+            print(describe(options, name, dtype), flush=True)
             print(
                 f"  time        {seconds:.3f} s per image, {duration(seconds * options.num_images)} for one process "
                 f"(a batch of {batch_size}, random weights, {latency.how}; without decoding and scoring)"
             )
             if missing := missing_file(options):
                 print(f"  cannot run  {missing}", flush=True)
-            rates[model, method] = seconds / Flops.of_steps(options.flops).total
+            rates[model, name] = seconds / Flops.of_steps(options.flops).total
             total += seconds * options.num_images
-    policies = {policy for *_, policy in study.settings()} - set(METHODS.values())
-    for policy in policies:
-        options = study.options(ABLATED_MODEL, policy)
+    varied = {Method(cache=policy) for *_, policy in study.settings()} - set(TABLE_METHODS.values())
+    for method in varied:
+        options = study.options(ABLATED_MODEL, method)
         total += rates[ABLATED_MODEL, "LazyMAR"] * Flops.of_steps(options.flops).total * options.num_images
-    if policies:
-        print(f"ablations: {len(policies)} further run(s) of {ABLATED_MODEL}, {study.num_compared} images each")
+    if varied:
+        print(f"ablations: {len(varied)} further run(s) of {ABLATED_MODEL}, {study.num_compared} images each")
+    for name, method in study.method.items():
+        for model in PRESETS:
+            print(describe_costs(name, model, costs_of(study.options(model, method)), dtype), flush=True)
+        if ABLATED_MODEL in study.models and name_in_table(method) is None:
+            options = study.options(ABLATED_MODEL, method)
+            total += rates[ABLATED_MODEL, "LazyMAR"] * Flops.of_steps(options.flops).total * options.num_images
     print(f"all together: about {duration(total / processes)} of sampling with {processes} process(es)")
 
 
@@ -75,6 +83,16 @@ def describe(options: CheckedOptions, method: str, dtype: torch.dtype) -> str:
         f"  parameters  {num_parameters(model) / 1e6:.1f} M\n"
         f"  memory      at least {(weights + per_image * options.eval_bsz) / 1e9:.3f} GB per process, "
         f"{weights / 1e9:.3f} of it for weights"
+    )
+
+
+def describe_costs(method: str, model: str, costs: Costs, dtype: torch.dtype) -> str:
+    """A line on what a method costs a model, by its plan."""
+    parts = ", ".join(f"{part} {amount / 1e12:.3f}" for part, amount in costs.flops._asdict().items())
+    return (
+        f"{method}, {model}: {costs.flops.total / 1e12:.3f} TFLOPs per image ({parts}), "
+        f"{costs.transformer_steps} steps of the transformer and {costs.head_evaluations:,} of the head one after the "
+        f"other, {costs.cached_numbers * dtype.itemsize / 1e6:.1f} MB cached per image"
     )
 
 

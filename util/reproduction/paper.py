@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models import CachePolicy
+from models import Method
+from models.lazymar.methods import LAZYMAR
 
-# The two that the table compares for each model, by the name that it has everywhere: None is the baseline, MAR in full.
-METHODS: dict[str, CachePolicy | None] = {"baseline": None, "LazyMAR": CachePolicy()}
+# The two that the table compares for each model, by the name that it has for them: the baseline is MAR in full.
+TABLE_METHODS = {"baseline": Method(), "LazyMAR": LAZYMAR}
 LAZYMAR_PAPER = "arXiv 2503.12450"
 MAR_PAPER = "arXiv 2406.11838"
 PARAMETERS = {"mar_base": 208e6, "mar_large": 479e6, "mar_huge": 943e6}  # as the MAR paper has them
 
 
-def method_of(policy: CachePolicy | None) -> str | None:
-    """Name the table's method that has a policy; None if none has."""
-    return next((method for method, its_policy in METHODS.items() if its_policy == policy), None)
+def name_in_table(method: Method) -> str | None:
+    """Return the table's name for a method; None for one that it does not have."""
+    return next((name for name, its_method in TABLE_METHODS.items() if its_method == method), None)
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,29 @@ OTHER_METHODS = (
         None,
         "5 to 10 times faster than 256 steps of 100 denoising steps: 64 steps, denoising steps annealed from 50 to 5",
     ),
+)
+
+
+@dataclass(frozen=True)
+class PublishedPoint:
+    """A row of GtR's table (arXiv 2510.17171): MAR-H, 64 steps, ImageNet at 256 pixels. Its GPU is not stated.
+
+    These are second-hand: they come from notes on that paper, not from the paper itself.
+    """
+
+    name: str
+    seconds: float  # per image
+    tflops: float  # per image
+    speed_up: float
+    fid: float
+    inception_score: float
+
+
+GTR_TABLE_SOURCE = "arXiv 2510.17171"
+GTR_TABLE = (
+    PublishedPoint("MAR-H", 0.81, 64.52, 1.00, 1.59, 299.1),
+    PublishedPoint("Halton order", 0.33, 27.11, 2.38, 3.18, 261.7),
+    PublishedPoint("DiSA", 0.27, 21.59, 2.99, 2.11, 283.1),
+    PublishedPoint("LazyMAR", 0.27, 18.85, 3.42, 1.94, 284.1),
+    PublishedPoint("GtR", 0.22, 17.34, 3.72, 1.59, 304.4),
 )

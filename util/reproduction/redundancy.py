@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import MAR, CachePolicy, ImageNoise, sample_tokens
-from models.lazymar.plan import Plan, Step, make_plan
+from models import MAR, CachePolicy, Method, Sampler
+from models.lazymar.plan import Plan, Step
 from util.reproduction.results import Band, Redundancy
 from util.runs.options import labels_of_images
 
@@ -32,18 +32,16 @@ class Features(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_redundancy(
-    model: MAR, *, num_images: int, seed: int, cfg: float, num_iter: int = 64, num_sampling_steps: int = 100
-) -> Redundancy:
-    """Sample images 0, 1, ... of classes 0, 1, ... with the baseline, and compare each step with those before."""
+def measure_redundancy(model: MAR, *, num_images: int, seed: int, cfg: float, method: Method) -> Redundancy:
+    """Sample images 0, 1, ... of classes 0, 1, ... in full, and compare each step with those before."""
     device = model.mask_token.device
     labels = torch.tensor(labels_of_images(range(num_images), model.class_num), device=device)
-    noise = ImageNoise(model, seed, range(num_images), num_sampling_steps, device)
-    settings = {"num_iter": num_iter, "cfg": cfg, "num_sampling_steps": num_sampling_steps}
-    tokens = model.patchify(sample_tokens(model, labels, noise=noise, **settings)).to(model.mask_token.dtype)
+    sampler = Sampler(model, method, cfg=cfg)
+    noise = sampler.noise(seed, range(num_images))
+    tokens = model.patchify(sampler(labels, noise)).to(model.mask_token.dtype)
     order = noise.orders.to(device).flip(1)
     tokens = tokens.gather(1, order[..., None].expand_as(tokens))
-    plan = make_plan(model.seq_len, model.buffer_size, num_iter=num_iter, cfg=cfg, policy=None)
+    plan = sampler.plan
     layer = min(CachePolicy().prune_layer, len(model.decoder_blocks) - 1)
 
     values: dict[str, list[Tensor]] = {group: [] for group in ROW_GROUPS}  # a tensor for each step
@@ -64,7 +62,7 @@ def measure_redundancy(
     return Redundancy(
         num_images=num_images,
         layer=layer,
-        steps=list(range(1, num_iter)),
+        steps=list(range(1, len(plan))),
         distances=list(by_distance),
         values={group: band(steps) for group, steps in values.items()},
         output={group: band(steps) for group, steps in output.items()},

@@ -2,6 +2,7 @@
 
     results/mar_tiny-lazymar.json           a `Row` of the table
     results/ablation-caches-token.json      a `Comparison` of one policy with the baseline
+    results/frontier-lazymar+disa.json      a `FrontierPoint`: the quality and the costs of a method
     results/mar_tiny-redundancy.json        the `Redundancy` between a model's steps
 
 A file is whole, or known to be damaged: it holds a digest of its content.
@@ -20,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from models import Method
 from models.lazymar.flops import Flops
 from util import machine
 from util.errors import InputError
@@ -29,6 +31,8 @@ from util.scoring.jackknife import Spread
 from util.scoring.scores import Scores
 
 FORMAT = 3  # of the files; raised when a field changes
+
+METHOD_FIELDS = [field.name for field in dataclasses.fields(Method)]
 
 T = TypeVar("T", bound="Result")
 
@@ -180,6 +184,78 @@ class Comparison(Result):
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What the plan of a method costs a model, per image.
+
+    transformer_steps: one after the other.
+    head_evaluations:  one after the other, of all autoregressive steps together.
+    cached_numbers:    in the token cache and the condition cache.
+    """
+
+    flops: Flops
+    transformer_steps: int
+    head_evaluations: int
+    cached_numbers: int
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """The scores of a method's images, each with its standard error.
+
+    fid_difference:    from LazyMAR's FID, over images of the same seeds.
+    share_intended:    of the images whose class, as the classifier sees it, is the one that was asked for.
+    intended_by_class: that share by class, without an error.
+    notes:             on the scores.
+    """
+
+    fid: Spread
+    inception_score: Spread
+    fid_difference: Spread
+    share_intended: Spread
+    intended_by_class: list[float]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class FrontierPoint(Result):
+    """A method: what it costs each model, and how good the embedded model's images are with it.
+
+    method:     its name.
+    settings:   those that differ from MAR's, in words.
+    costs:      by model.
+    not_run:    why nothing was evaluated, in words; None if it was.
+    evaluation: of the embedded model.
+    scores:     of the same images.
+    """
+
+    method: str
+    settings: str
+    costs: dict[str, Costs]
+    not_run: str | None = None
+    evaluation: Evaluation | None = None
+    scores: MethodScores | None = None
+
+    @staticmethod
+    def name(method: str) -> str:
+        """The name of the file of a method."""
+        return f"frontier-{method}"
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> FrontierPoint:
+        costs = {
+            model: Costs(**{**costs, "flops": Flops(*costs["flops"])}) for model, costs in content["costs"].items()
+        }
+        evaluation, scores = content["evaluation"], content["scores"]
+        spreads = ("fid", "inception_score", "fid_difference", "share_intended")
+        read = {
+            "costs": costs,
+            "evaluation": evaluation and Evaluation(**evaluation),
+            "scores": scores and MethodScores(**{**scores, **{name: Spread(*scores[name]) for name in spreads}}),
+        }
+        return cls(**{**content, **read})
+
+
+@dataclass(frozen=True)
 class Band:
     """A number by step or by distance: its mean, and the range that holds the middle 80 % of what was seen."""
 
@@ -253,12 +329,16 @@ class Inputs:
 
     def differ_in_policy_alone(self, other: Inputs) -> bool:
         """True if results of both inputs differ at most in the policy and in how many images were made with it."""
+        return self._without("cache", "lazy_mar", "num_images") == other._without("cache", "lazy_mar", "num_images")
 
-        def relevant(inputs: Inputs) -> Inputs:
-            policy = {"cache": {}, "lazy_mar": False, "num_images": 0}
-            return dataclasses.replace(inputs, settings={**inputs.settings, **policy})
+    def differ_in_method_alone(self, other: Inputs) -> bool:
+        """True if results of both inputs differ at most in the method and in the metrics that were computed."""
+        one, another = (inputs._without("cache", "lazy_mar", *METHOD_FIELDS) for inputs in (self, other))
+        return dataclasses.replace(one, metrics=[]) == dataclasses.replace(another, metrics=[])
 
-        return relevant(self) == relevant(other)
+    def _without(self, *names: str) -> Inputs:
+        settings = {name: value for name, value in self.settings.items() if name not in names}
+        return dataclasses.replace(self, settings=settings)
 
 
 @dataclass(frozen=True)
@@ -301,7 +381,7 @@ class Results:
         return self.folder / f"{name}.json"
 
     def read(self, kind: type[T], name: str) -> Record[T] | None:
-        """The result of a kind (`Row`, `Comparison` or `Redundancy`); None if there is none.
+        """The result of a kind (`Row`, `Comparison`, `FrontierPoint` or `Redundancy`); None if there is none.
 
         Raises InputError if its file is damaged, or of another version of this program.
         """

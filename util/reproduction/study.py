@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from models import CachePolicy
+from models import CachePolicy, Method
+from models.lazymar.methods import name_of
 from util.errors import InputError
 from util.files import file_digest
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
-from util.reproduction.paper import method_of
+from util.reproduction.paper import name_in_table
 from util.reproduction.results import Inputs
+from util.runs.methods import with_steps
 from util.runs.options import CheckedOptions, Options, check
 from util.scoring.scores import FID_AND_IS, Metrics, load_extractor
 
@@ -40,6 +42,7 @@ class Study:
     statistics: Path | None
     metrics: Metrics
     ablations: Sequence[str]
+    method: Mapping[str, Method]
     ablation_images: int | None
     output_dir: Path
     overwrite: bool
@@ -48,7 +51,7 @@ class Study:
     def of(cls, args: argparse.Namespace) -> Study:
         """The study of a parsed command line. Raises InputError if there are fewer images than ablations compare."""
         study = cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
-        available = study.options(ABLATED_MODEL, None).num_images
+        available = study.options(ABLATED_MODEL, Method()).num_images
         if study.settings() and study.num_compared > available:
             raise InputError(f"--ablation_images must be at most the {available} images of {ABLATED_MODEL}'s rows")
         return study
@@ -56,7 +59,7 @@ class Study:
     @property
     def num_compared(self) -> int:
         """The images of each ablation that are compared with the baseline's."""
-        return self.ablation_images or min(ABLATION_IMAGES, self.options(ABLATED_MODEL, None).num_images)
+        return self.ablation_images or min(ABLATION_IMAGES, self.options(ABLATED_MODEL, Method()).num_images)
 
     def settings(self) -> list[tuple[str, str, CachePolicy]]:
         """(ablation, label, policy) of each setting that is to be compared with the baseline."""
@@ -65,40 +68,47 @@ class Study:
             (name, label, policy) for name, ablation in chosen.items() for label, policy in ablation.policies.items()
         ]
 
-    def options(self, model: str, policy: CachePolicy | None) -> CheckedOptions:
-        """The options of the evaluation of a model with a policy, which is either one of the table's methods or a
-        setting of an ablation. A policy that several ablations have in common is evaluated once, under one name."""
+    def options(self, model: str, method: Method) -> CheckedOptions:
+        """The options of the evaluation of a model with a method: of the table, of an ablation, or of the frontier.
+
+        What several of them have in common is evaluated once, under one name.
+        """
         is_official = model != ABLATED_MODEL
         is_meant = is_official or list(self.models) == [ABLATED_MODEL]  # by flags that go with one kind of features
-        method = method_of(policy)
-        if method is not None:
-            folder, num_images = Path(method.lower()), self.num_images or (50_000 if is_official else 2_000)
+        in_table, in_ablation = name_in_table(method), self._name_in_ablations(method)
+        num_images = self.num_images or (50_000 if is_official else 2_000)
+        if in_table is not None:
+            folder = Path(in_table.lower())
+        elif in_ablation is not None:
+            folder, num_images = Path("ablations", in_ablation), self.num_compared
         else:
-            names = (
-                run_name(name, label)
-                for name, ablation in ABLATIONS.items()
-                for label, its_policy in ablation.policies.items()
-                if its_policy == policy
-            )
-            folder, num_images = Path("ablations", next(names)), self.num_compared
+            folder = Path("frontier", str(name_of(method)))
         return check(
             Options(
                 model=model,
                 num_images=num_images,
                 eval_bsz=self.eval_bsz or (128 if is_official else 25),
-                num_iter=self.num_iter,
-                num_sampling_steps=self.num_sampling_steps,
+                method=with_steps(method, self.num_iter, self.num_sampling_steps),
                 seed=self.seed,
-                cache=policy,
                 device=self.device,
                 dtype=self.dtype,
                 inception_weights=self.inception_weights if is_official else None,
                 statistics=self.statistics if is_meant else None,
-                metrics=self.metrics if is_meant and method is not None else FID_AND_IS,
+                metrics=self.metrics if is_meant and in_table is not None else FID_AND_IS,
                 output_dir=self.output_dir / model / folder,
                 overwrite=self.overwrite,
             )
         )
+
+    def _name_in_ablations(self, method: Method) -> str | None:
+        """The name of the run of the first setting of an ablation that is a method; None if none is."""
+        names = (
+            run_name(name, label)
+            for name, ablation in ABLATIONS.items()
+            for label, policy in ablation.policies.items()
+            if Method(cache=policy) == method
+        )
+        return next(names, None)
 
 
 def inputs_of(options: CheckedOptions, device: torch.device, dtype: torch.dtype, *, files: bool = True) -> Inputs:

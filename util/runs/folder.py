@@ -33,6 +33,7 @@ from util.errors import InputError
 from util.files import atomic_write
 from util.machine import launch_name
 from util.runs.images import encode_png
+from util.runs.methods import IMPLIED
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 READERS = 16  # files examined side by side: on a network drive each costs a wait rather than work
@@ -325,9 +326,11 @@ def _flat(settings: dict, prefix: str = "") -> dict:
 
 
 def _differences(there: dict, now: dict) -> list[str]:
-    """Describe the settings that both name with different values."""
+    """Describe the settings that both name, or imply, with different values."""
+    if there:
+        there, now = {**IMPLIED, **there}, {**IMPLIED, **_flat(now)}
     return [
         f"{name} {there[name]} there, {value} now"
-        for name, value in _flat(now).items()
+        for name, value in now.items()
         if name in there and there[name] != value
     ]

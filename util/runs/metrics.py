@@ -12,6 +12,7 @@ import torch
 
 from models.lazymar.flops import Flops
 from util.runs.folder import Batch
+from util.runs.methods import in_words
 from util.runs.options import Options
 from util.scoring.scores import KEYS, Extractor, Statistics, score
 
@@ -30,10 +31,11 @@ def summarise(
     flops = Flops.of_steps(options.flops)
     metrics: dict[str, Any] = {
         "num_images": num_images,
+        "method": in_words(options.method),
         "flops_per_image": flops.total,
         "flops_by_part": flops._asdict(),
     }
-    table = [f"images           {num_images:,} of {options.model}{', LazyMAR' * bool(options.cache)}"]
+    table = [f"images           {num_images:,} of {options.model}, method {in_words(options.method)}"]
     if extractor is not None and reference is not None:
         features = torch.from_numpy(np.concatenate([batch.features for batch in batches]))
         logits = torch.from_numpy(np.concatenate([batch.logits for batch in batches]))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models import MAR, PRESETS, CachePolicy, Preset, create_model
+from models import MAR, METHODS, PRESETS, Method, Preset, create_model
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.plan import CFG_SCHEDULES, Plan, make_plan
 from models.lazymar.sampler import SAMPLER_VERSION
 from util.cli import Parser, check_ranges, flag, numbers
 from util.errors import InputError
 from util.machine import DTYPES, ROOT, dtype_name
+from util.runs.methods import add_method, in_a_path, record_settings, take_method
 from util.scoring.scores import FID_AND_IS, Metrics, check_count
 
 
@@ -39,7 +40,7 @@ class Options:
         None, "generate one image of each of these classes instead, without scores, e.g. 207,360", metavar="CLASS,..."
     )
     eval_bsz: int = flag(128, "batch size: images that each process samples at a time", minimum=1)
-    num_iter: int = flag(64, "autoregressive steps: at least 1, at most the number of tokens")
+    method: Method = METHODS["mar"]
     cfg: float | None = flag(
         None,
         "CFG (classifier-free guidance) scale: at least 1, which is no guidance",
@@ -52,10 +53,8 @@ class Options:
         choices=CFG_SCHEDULES,
     )
     temperature: float = flag(1.0, "scale of the noise that the diffusion head adds at each denoising step", minimum=0)
-    num_sampling_steps: int = flag(100, "denoising steps of the diffusion head", minimum=2, maximum=1000)
     seed: int = flag(0, "seed; with an image's number, it decides everything random about the image", minimum=0)
     more_seeds: tuple[int, ...] = ()  # of further runs with the same settings
-    cache: CachePolicy | None = None  # None: the baseline
     device: str = flag("auto", "where to compute; auto is a GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(
         "auto",
@@ -106,8 +105,8 @@ class Options:
 
     @property
     def sampling(self) -> dict:
-        """The settings that decide how long sampling takes, under the names of `flops_per_step` and `Sampler`."""
-        return {name: getattr(self, name) for name in ("num_iter", "cfg", "num_sampling_steps", "cache")}
+        """The settings that decide how long sampling takes, under the names of `count_flops` and `Sampler`."""
+        return {"method": self.method, "cfg": self.cfg}
 
     @property
     def flops(self) -> list[Flops]:
@@ -120,11 +119,9 @@ class Options:
         return make_plan(
             self.meta_model.seq_len,
             self.meta_model.buffer_size,
-            num_iter=self.num_iter,
+            self.method,
             cfg=self.preset.cfg if self.cfg is None else self.cfg,
             cfg_schedule=self.cfg_schedule,
-            num_sampling_steps=self.num_sampling_steps,
-            policy=self.cache,
         )
 
     def labels(self) -> Sequence[int]:
@@ -133,13 +130,12 @@ class Options:
 
     def settings(self, device: torch.device, dtype: torch.dtype) -> dict:
         """The settings that the images depend on, apart from the weights, as `run.json` holds them."""
-        names = ["model", "num_images", "class_labels", "eval_bsz", "num_iter", "cfg", "cfg_schedule", "temperature"]
+        names = ["model", "num_images", "class_labels", "eval_bsz", "cfg", "cfg_schedule", "temperature", "seed"]
         return {
-            **{name: getattr(self, name) for name in [*names, "num_sampling_steps", "seed"]},
+            **{name: getattr(self, name) for name in names},
+            **record_settings(self.method),
             "device": device.type,
             "dtype": dtype_name(dtype),
-            "lazy_mar": self.cache is not None,
-            "cache": dataclasses.asdict(self.cache) if self.cache else {},
             "sampler_version": SAMPLER_VERSION,
         }
 
@@ -183,7 +179,8 @@ def check(options: Options) -> CheckedOptions:
         options.plan  # noqa: B018
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    if options.cache is not None and options.cache.prune_layer >= len(model.decoder_blocks):
+    cache = options.method.cache
+    if cache is not None and cache.prune_layer >= len(model.decoder_blocks):
         raise InputError(
             f"--prune_layer must be below {len(model.decoder_blocks)}, the decoder blocks of {options.model}"
         )
@@ -193,7 +190,7 @@ def check(options: Options) -> CheckedOptions:
     images = str(options.num_images)
     if options.class_labels is not None:
         images = "classes-" + "-".join(map(str, options.class_labels[:8]))
-    name = f"{options.model}{'-lazy' * bool(options.cache)}-iter{options.num_iter}-cfg{cfg:g}-{images}"
+    name = f"{options.model}{in_a_path(options.method)}-cfg{cfg:g}-{images}"
     filled_in = {
         "cfg": cfg,
         "resume": options.resume or ROOT / preset.checkpoint,
@@ -208,7 +205,7 @@ def check(options: Options) -> CheckedOptions:
 def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
     """Read the options from a command line.
 
-    Raises InputError for unknown flags, for values that cannot be read, and for a policy's flag without --lazy_mar.
+    Raises InputError for unknown flags, for values that cannot be read, and for flags that make no method.
     """
     parser = Parser(description, usage="%(prog)s [flags]")
     names = [field.name for field in dataclasses.fields(Options) if "help" in field.metadata]
@@ -225,22 +222,11 @@ def parse_options(description: str | None, arguments: Sequence[str] | None = Non
     )
     parser.add_fields(Options, *after)
     parser.add_fields(Metrics)
-    group = parser.add_argument_group("LazyMAR", "what is cached, and for how long; the defaults are the paper's")
-    parser.add("--lazy_mar", bool, "sample with LazyMAR's caches; the flags below need it", group=group)
-    parser.add_fields(CachePolicy, only_if_given=True, group=group)
+    add_method(parser)
     given = vars(parser.parse_args(arguments))
     seeds = given.pop("seed")
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"--seed takes one seed or several different ones, not {','.join(map(str, seeds)) or 'none'}")
     given.update(seed=seeds[0], more_seeds=tuple(seeds[1:]))
     given["metrics"] = Metrics(**{field.name: given.pop(field.name) for field in dataclasses.fields(Metrics)})
-    names = [field.name for field in dataclasses.fields(CachePolicy)]
-    policy = {name: given.pop(name) for name in names if name in given}
-    if not given.pop("lazy_mar"):
-        if policy:
-            raise InputError(f"--{next(iter(policy))} is a setting of LazyMAR: give --lazy_mar too")
-        return Options(**given)
-    try:
-        return Options(cache=CachePolicy(**policy), **given)
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
+    return Options(method=take_method(given), **given)
