@@ -1,13 +1,14 @@
-"""A resumable training loop: AdamW with warm-up and cosine decay, gradient clipping and an average of the weights."""
+"""A resumable training loop: AdamW and Muon, warm-up and cosine decay, gradient clipping, an average of the weights."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from tqdm import tqdm
 
 from util.errors import InputError, why_unreadable
 from util.files import atomic_write
+from util.training.muon import Muon
 
 SAVE_EVERY = 120.0  # seconds between checkpoints
+REPORT_EVERY = 250  # steps between reports
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -31,10 +34,14 @@ def fit(
     lr: float,
     no_weight_decay: Iterable[str] = (),
     slow: Iterable[str] = (),
+    matrices: Iterable[str] = (),
     weight_decay: float = 0.02,
     warmup: int = 100,
     clip: float = 3.0,
     ema_decay: float = 0.999,
+    report: Callable[[int, Network], None] | None = None,
+    steps_flag: str = "--steps",
+    lr_flag: str = "--lr",
     device: torch.device,
 ) -> Network:
     """Train `module` in place for `steps` optimizer steps and return the average of its weights.
@@ -46,30 +53,34 @@ def fit(
         folder:          holds `training.pt`, from which the same call continues.
         no_weight_decay: prefixes of the names of parameters without weight decay, besides biases and norms.
         slow:            prefixes of the names of parameters that learn at a tenth of `lr`, without weight decay.
+        matrices:        prefixes of the names of parameters of which those with weight decay are trained by Muon; AdamW
+                         trains all others.
+        report:          called with the number of steps done and the average of the weights, every `REPORT_EVERY`
+                         steps and after the last.
+        steps_flag:      the flag that sets `steps`, for messages.
+        lr_flag:         the flag that sets `lr`, for messages.
 
-    Raises InputError if the folder holds a run of another model or length, or if the loss is not finite.
+    Raises InputError if the folder holds a run of another model, length or learning rate, or if the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "training.pt"
-    exempt, slow = tuple(no_weight_decay), tuple(slow)
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": weight_decay, "peak_lr": lr},
-        {"params": [], "weight_decay": 0.0, "peak_lr": lr},
-        {"params": [], "weight_decay": 0.0, "peak_lr": 0.1 * lr},
-    ]
-    for name, parameter in module.named_parameters():
-        index = 2 if name.startswith(slow) else 1 if parameter.ndim < 2 or name.startswith(exempt) else 0
-        groups[index]["params"].append(parameter)
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95))
+    optimizers = _make_optimizers(
+        module, lr, weight_decay, no_weight_decay=tuple(no_weight_decay), slow=tuple(slow), matrices=tuple(matrices)
+    )
     average = copy.deepcopy(module).requires_grad_(False)
     start = 0
     if checkpoint.exists():
-        start = _restore(checkpoint, module, average, optimizer, steps)
+        rates = _peak_rates(optimizers)
+        planned, start = _restore(checkpoint, module, average, optimizers)
+        if planned != steps:
+            raise InputError(f"{checkpoint} is of a run of {planned} steps: give {steps_flag} {planned} to continue")
+        if _peak_rates(optimizers) != rates:
+            raise InputError(f"{checkpoint} is of a run with another {lr_flag}: give the former one to continue")
 
     def save(step: int) -> None:
         state = {"step": step, "steps": steps, "model": module.state_dict(), "model_ema": average.state_dict()}
         with atomic_write(checkpoint) as temporary:
-            torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
 
     generator = torch.Generator(device)
     module.train()
@@ -77,23 +88,28 @@ def fit(
     recent = None
     with tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=10) as progress:
         for step in progress:
-            for group in optimizer.param_groups:
+            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = group["peak_lr"] * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
             value = loss(generator.manual_seed(step))
-            optimizer.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(module.parameters(), clip)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             decay = min(ema_decay, (1 + step) / (10 + step))  # forget the random start quickly
             with torch.no_grad():
                 for target, source in zip(average.parameters(), module.parameters()):
                     target.lerp_(source, 1 - decay)
-            if step % 10 == 0:
+            if step % 10 == 0 or step + 1 == steps:
                 current = value.item()
                 if not math.isfinite(current):
-                    raise InputError(f"the loss became {current} at step {step}: lower --lr and start again")
+                    raise InputError(
+                        f"the loss became {current} at step {step}: lower {lr_flag}, in a new --output_dir"
+                    )
                 recent = current if recent is None else recent + 0.1 * (current - recent)
                 progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
+            if report and ((step + 1) % REPORT_EVERY == 0 or step + 1 == steps):
+                report(step + 1, average)
             if time.monotonic() - last_save > SAVE_EVERY:
                 save(step + 1)
                 last_save = time.monotonic()
@@ -101,21 +117,60 @@ def fit(
     return average.eval()
 
 
+def _make_optimizers(
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    no_weight_decay: tuple[str, ...],
+    slow: tuple[str, ...],
+    matrices: tuple[str, ...],
+) -> list[torch.optim.Optimizer]:
+    """Share a module's parameters out to AdamW and, if there are any for it, Muon; the arguments are those of `fit`."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    slowed: list[nn.Parameter] = []
+    orthogonalized: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(slow):
+            slowed.append(parameter)
+        elif parameter.ndim < 2 or name.startswith(no_weight_decay):
+            undecayed.append(parameter)
+        else:
+            (orthogonalized if name.startswith(matrices) else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "peak_lr": lr},
+        {"params": undecayed, "weight_decay": 0.0, "peak_lr": lr},
+        {"params": slowed, "weight_decay": 0.0, "peak_lr": 0.1 * lr},
+    ]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95))
+    if not orthogonalized:
+        return [adamw]
+    return [adamw, Muon([{"params": orthogonalized, "weight_decay": weight_decay, "peak_lr": lr}], lr=lr)]
+
+
+def _peak_rates(optimizers: list[torch.optim.Optimizer]) -> list[float]:
+    """List the highest learning rate of each group of parameters."""
+    return [group["peak_lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def _restore(
-    checkpoint: Path, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, steps: int
-) -> int:
-    """Load a run's state from its checkpoint, and return the step to go on from."""
+    checkpoint: Path, module: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, int]:
+    """Load a run's state from its checkpoint; return how many steps it was to take, and how many it has taken."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        kept = state["optimizers"] if "optimizers" in state else [state["optimizer"]]  # one, in runs begun with 0.2.0
         module.load_state_dict(state["model"])
         average.load_state_dict(state["model_ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        if len(kept) != len(optimizers):
+            raise ValueError(f"it has {len(kept)} optimizers, not {len(optimizers)}")
+        for optimizer, state_dict in zip(optimizers, kept):
+            optimizer.load_state_dict(state_dict)
+        return state["steps"], state["step"]
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(
             f"{checkpoint} is not of this training ({why_unreadable(error)}): choose another --output_dir"
         ) from None
-    if state["steps"] != steps:
-        raise InputError(
-            f"{checkpoint} is of a run of {state['steps']} steps: give --steps {state['steps']} to continue"
-        )
-    return state["step"]
