@@ -151,9 +151,9 @@ def _make_optimizers(
     return [adamw, Muon([{"params": orthogonalized, "weight_decay": weight_decay, "peak_lr": lr}], lr=lr)]
 
 
-def _peak_rates(optimizers: list[torch.optim.Optimizer]) -> list[float]:
-    """List the highest learning rate of each group of parameters."""
-    return [group["peak_lr"] for optimizer in optimizers for group in optimizer.param_groups]
+def _peak_rates(optimizers: list[torch.optim.Optimizer]) -> list[float | None]:
+    """List the highest learning rate of each group of parameters; None where a foreign checkpoint has left it out."""
+    return [group.get("peak_lr") for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def _restore(
