@@ -15,7 +15,7 @@ from diffusion.loss import HybridLoss
 from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from models import PRESETS, AutoencoderKL, create_model
 from util.errors import InputError
-from util.training import loop
+from util.training import loop, probe
 from util.training.initialization import initialize_with_neighbours
 from util.training.loop import fit
 from util.training.muon import Muon, orthogonalize
@@ -250,6 +250,25 @@ def test_the_best_linear_prediction_is_that_of_the_formula():
     assert errors == {known: pytest.approx(error, rel=tolerance[known]) for known, error in expected.items()}
 
 
+def test_the_best_linear_prediction_is_the_regression_on_class_and_known_tokens():
+    """Fitted on the images that it is measured on, it is least squares, whose every number is known."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 3
+    tokens = torch.randn(200, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    tokens = (tokens + 5.0 * torch.randn(3, 16, generator=generator)[labels]).unflatten(1, (8, 2))
+    classes = torch.eye(3)[labels]
+    expected: dict[int, list] = {known: [] for known in (0, 1, 2, 4, 6)}
+    for order, image in zip(probe._random_order(tokens)[140:], range(140, 200)):
+        for known, squares in expected.items():
+            inputs = torch.cat([classes, tokens[:, order[:known]].flatten(1)], dim=1).double()
+            targets = tokens[:, order[known:]].flatten(1).double()
+            predicted = inputs[image] @ torch.linalg.lstsq(inputs, targets).solution
+            squares.append((predicted - targets[image]).square().mean())
+    errors = linear_errors(tokens, labels, tokens, labels)
+    for known, squares in expected.items():
+        assert errors[known] == pytest.approx(torch.stack(squares).mean().sqrt().item(), rel=1e-3)
+
+
 class MeanOfKnown(torch.nn.Module):
     """Has a network's interface; its conditions are the class and the mean of the known tokens."""
 
@@ -279,19 +298,19 @@ def test_a_readout_of_conditions_without_context_is_as_bad_with_known_tokens_as_
 
 def test_the_probe_prints_errors_and_their_ratios_as_training_goes_on(capsys):
     tokens, labels = correlated_images(500)
-    probe = ContextProbe(tokens[100:], labels[100:], tokens[:100], labels[:100])
-    probe("context, step 250", MeanOfKnown())
+    measure = ContextProbe(tokens[100:], labels[100:], tokens[:100], labels[:100])
+    measure("context, step 250", MeanOfKnown())
     first, second = capsys.readouterr().out.splitlines()
     assert (
         first
         == "RMS error of unknown tokens, best linear prediction: "
-        + ", ".join(f"{error:.3f} at {known}" for known, error in probe.linear.items())
+        + ", ".join(f"{error:.3f} at {known}" for known, error in measure.linear.items())
         + " known"
     )
     errors, ratios = second.removeprefix("context, step 250: ").split(
         " known; relative to the best linear prediction: "
     )
-    for error, ratio, (known, linear) in zip(errors.split(", "), ratios.split(", "), probe.linear.items()):
+    for error, ratio, (known, linear) in zip(errors.split(", "), ratios.split(", "), measure.linear.items()):
         assert error.endswith(f" at {known}") and ratio.endswith(f" at {known}")
         assert float(error.split()[0]) / linear == pytest.approx(float(ratio.split()[0]), abs=2e-3)
 
