@@ -425,10 +425,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
+    for folder in (args.output_dir, *args.output_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output_dir {args.output_dir} cannot be made: {folder} is not a folder")
     args.run(args, PRESETS[args.model], choose_device(args.device))
 
 

@@ -460,8 +460,9 @@ def test_data_that_does_not_fit_is_named_before_it_is_encoded(tiny_data, tmp_pat
     assert run_mar(tmp_path / "empty", tmp_path / "run") == 2
     assert "no images in its subfolders" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert run_mar(tiny_data, tmp_path / "file") == 2
-    assert "--output_dir" in capsys.readouterr().err
+    assert run_mar(tiny_data, tmp_path / "file" / "run") == 2
+    assert "file is not a folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
