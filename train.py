@@ -1,8 +1,8 @@
 """Train a small MAR and what it needs: `python train.py vae`, `python train.py mar`, `python train.py classifier`.
 
 Each continues where it was stopped when called again, and ends by writing the averaged weights as safetensors.
-Another model needs an entry in `models/presets.py` and a folder of images, one subfolder per class. The shipped
-`mar_tiny` was made by these three commands; docs/training.md tells how, and what did not help.
+Another model needs an entry in `models/presets.py` and a folder of images, one subfolder per class. docs/training.md tells
+what each stage is for, what did not help, and with which version the shipped `mar_tiny` was made.
 """
 
 from __future__ import annotations
@@ -207,6 +207,8 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         if probe:
             probe(f"{phase}, step {step}", average.network)
 
+    first_seeds = {"context": 0, "diffusion": args.context_steps, "finish": args.context_steps + args.steps}
+
     def train(trained: WithReadout, phase: str, flags: tuple[str, str], lr: float, ema_decay: float) -> WithReadout:
         trained.requires_grad_(True)
         trained.network.diffloss.requires_grad_(phase != "context")
@@ -221,6 +223,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
             slow=["network.diffloss.net.final_layer.linear."],
             matrices=["network.encoder_blocks.", "network.decoder_blocks."],
             ema_decay=ema_decay,
+            first_seed=first_seeds[phase],
             report=partial(report, phase),
             steps_flag=steps_flag,
             lr_flag=lr_flag,

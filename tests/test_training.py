@@ -420,6 +420,13 @@ def test_mar_cut_off_again_and_again_gets_the_weights_of_one_that_was_not(
     assert (tmp_path / "cut" / "checkpoint-last.safetensors").read_bytes() == weights[0]
 
 
+def test_no_step_of_a_phase_repeats_the_batch_of_another_phase(narrow_mar_tiny, tiny_data, tmp_path, monkeypatch):
+    drawn, draw = [], train.draw_batch
+    monkeypatch.setattr(train, "draw_batch", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    assert run_mar(tiny_data, tmp_path / "run") == 0
+    assert len({tuple(batch.positions.flatten().tolist()) for batch in drawn}) == len(drawn) == 9
+
+
 def test_a_folder_of_another_mar_is_refused(narrow_mar_tiny, tiny_data, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_mar(tiny_data, run) == 0

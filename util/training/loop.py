@@ -39,6 +39,7 @@ def fit(
     warmup: int = 100,
     clip: float = 3.0,
     ema_decay: float = 0.999,
+    first_seed: int = 0,
     report: Callable[[int, Network], None] | None = None,
     steps_flag: str = "--steps",
     lr_flag: str = "--lr",
@@ -48,13 +49,14 @@ def fit(
 
     Args:
         loss:            computes the loss of one step. It must draw everything random from the generator that it is
-                         given: its seed is the step's number, so that a resumed run sees the batches of an
-                         uninterrupted one.
+                         given: its seed is the step's number plus `first_seed`, so that a resumed run sees the batches
+                         of an uninterrupted one.
         folder:          holds `training.pt`, from which the same call continues.
         no_weight_decay: prefixes of the names of parameters without weight decay, besides biases and norms.
         slow:            prefixes of the names of parameters that learn at a tenth of `lr`, without weight decay.
         matrices:        prefixes of the names of parameters of which those with weight decay are trained by Muon; AdamW
                          trains all others.
+        first_seed:      the seed of the first step. A CPU's generator uses the lowest 32 bits alone.
         report:          called with the number of steps done and the average of the weights, every `REPORT_EVERY`
                          steps and after the last.
         steps_flag:      the flag that sets `steps`, for messages.
@@ -90,7 +92,7 @@ def fit(
         for step in progress:
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = group["peak_lr"] * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            value = loss(generator.manual_seed(step))
+            value = loss(generator.manual_seed(first_seed + step))
             module.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(module.parameters(), clip)
