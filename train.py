@@ -1,8 +1,8 @@
 """Train a small MAR and what it needs: `python train.py vae`, `python train.py mar`, `python train.py classifier`.
 
 Each continues where it was stopped when called again, and ends by writing the averaged weights as safetensors.
-Another model needs an entry in `models/presets.py` and a folder of images, one subfolder per class. docs/training.md tells
-what each stage is for, what did not help, and with which version the shipped `mar_tiny` was made.
+Another model needs an entry in `models/presets.py` and a folder of images, one subfolder per class. docs/training.md
+tells what each stage is for, what did not help, and that the shipped `mar_tiny` is older.
 """
 
 from __future__ import annotations
