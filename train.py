@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from util.training.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
 from util.training.initialization import initialize_with_neighbours
 from util.training.loop import fit
 from util.training.probe import ContextProbe
-from util.weights.checkpoint import load_weights, save_safetensors
+from util.weights.checkpoint import LoadedWeights, load_weights, save_safetensors
 
 LABEL_DROPOUT = 0.1  # share of images trained without their class (MAR paper)
 FIRST_EVERY, FIRST_WEIGHT = 16, 300.0  # one timestep in 16 is where sampling starts, with this weight of its error
@@ -177,13 +178,19 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     3. **finish**: the same at a third of the learning rate, with more training of the first denoising step.
 
     Muon trains the matrices of the transformer's blocks, AdamW all other parameters.
+
+    With `--start_from`, the weights of an earlier training take the place of the first phase.
     """
     images, labels = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
     torch.manual_seed(args.seed)
     model = create_model(args.model)
     if labels.max() >= model.class_num:
         raise InputError(f"--data {args.data} has {labels.max() + 1} classes, but {args.model} has {model.class_num}")
-    initialize_with_neighbours(model)
+    steps_before = 0
+    if args.start_from:
+        steps_before = steps_trained(load_weights(model, args.start_from, what=args.model))
+    else:
+        initialize_with_neighbours(model)
     trained = WithReadout(model).to(device)
     moments = load_latents(args, preset, images, device).to(device)
     labels = labels.to(device)
@@ -207,7 +214,9 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         if probe:
             probe(f"{phase}, step {step}", average.network)
 
-    first_seeds = {"context": 0, "diffusion": args.context_steps, "finish": args.context_steps + args.steps}
+    context_steps = 0 if args.start_from else args.context_steps
+    diffusion_seed = steps_before + context_steps
+    first_seeds = {"context": 0, "diffusion": diffusion_seed, "finish": diffusion_seed + args.steps}
 
     def train(trained: WithReadout, phase: str, flags: tuple[str, str], lr: float, ema_decay: float) -> WithReadout:
         trained.requires_grad_(True)
@@ -230,10 +239,19 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
             device=device,
         )
 
-    trained = train(trained, "context", ("--context_steps", "--context_lr"), args.context_lr, 0.999)
+    if not args.start_from:
+        trained = train(trained, "context", ("--context_steps", "--context_lr"), args.context_lr, 0.999)
     trained = train(trained, "diffusion", ("--steps", "--lr"), args.lr, 0.999)
     trained = train(trained, "finish", ("--finish_steps", "--lr"), args.lr / 3, 0.99)
-    save_safetensors(trained.network.state_dict(), args.output_dir / "checkpoint-last.safetensors", {"weights": "ema"})
+    # One entry, as several would come in any order.
+    metadata = {"weights": f"EMA after {first_seeds['finish'] + args.finish_steps} steps"}
+    save_safetensors(trained.network.state_dict(), args.output_dir / "checkpoint-last.safetensors", metadata)
+
+
+def steps_trained(loaded: LoadedWeights) -> int:
+    """Return the steps in which weights were trained, as their file says; 0 if it does not."""
+    steps = re.search(r"(\d+) steps", loaded.metadata.get("weights", ""))
+    return int(steps[1]) if steps else 0
 
 
 def draw_batch(
@@ -414,6 +432,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             default=0.08, above=0)  # fmt: skip
     mar = stage("mar", train_mar, "train MAR on the latents of a trained VAE", steps=4000, batch_size=32, lr=1e-3)
     mar.add("--vae_path", str, "the trained VAE's weights", metavar="FILE", default_text="the model's")
+    mar.add("--start_from", str, "weights of an earlier training to go on from, in place of the context phase",
+            metavar="FILE", default_text="none")  # fmt: skip
     mar.add("--context_steps", int, "steps before, of the transformer without the head", default=3000, minimum=1)
     mar.add("--context_lr", float, "learning rate of these steps", default=2e-3, above=0)
     mar.add("--finish_steps", int, "steps after, at a third of the learning rate", default=800, minimum=1)

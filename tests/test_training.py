@@ -427,6 +427,26 @@ def test_no_step_of_a_phase_repeats_the_batch_of_another_phase(narrow_mar_tiny, 
     assert len({tuple(batch.positions.flatten().tolist()) for batch in drawn}) == len(drawn) == 9
 
 
+def test_training_goes_on_from_weights_of_an_earlier_one_with_batches_of_its_own(
+    narrow_mar_tiny, tiny_data, tmp_path, monkeypatch, capsys
+):
+    drawn, draw = [], train.draw_batch
+    monkeypatch.setattr(train, "draw_batch", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_mar(tiny_data, first) == 0
+    assert run_mar(tiny_data, second, "--start_from", str(first), "--lr", "1e-9") == 0
+    assert len({tuple(batch.positions.flatten().tolist()) for batch in drawn}) == len(drawn) == 9 + 5
+    assert not (second / "context").exists()
+    models = [create_model("mar_tiny") for _ in range(2)]
+    loaded = [train.load_weights(model, run, what="mar_tiny") for model, run in zip(models, (first, second))]
+    assert [train.steps_trained(weights) for weights in loaded] == [9, 9 + 5]
+    for before, after in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    capsys.readouterr()
+    assert run_mar(tiny_data, tmp_path / "third", "--start_from", str(tmp_path / "nowhere")) == 2
+    assert "no weights for mar_tiny" in capsys.readouterr().err and not (tmp_path / "third").exists()
+
+
 def test_a_folder_of_another_mar_is_refused(narrow_mar_tiny, tiny_data, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_mar(tiny_data, run) == 0

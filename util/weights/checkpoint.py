@@ -35,6 +35,7 @@ class LoadedWeights:
     path: Path  # the file, also where a folder was named
     entry: str  # "model_ema" or "model" of a training checkpoint; "flat" for a plain state dict
     is_marked_as_ema: bool  # by its entry, the file's name or its metadata
+    metadata: Mapping[str, str]  # what a `.safetensors` file says about itself
 
 
 def load_weights(
@@ -91,7 +92,9 @@ def load_weights(
             assert not buffer.is_meta, f"{type(owner).__name__}.{name} is on the meta device and in no checkpoint"
             if device is not None:
                 setattr(owner, name, buffer.to(device))
-    return LoadedWeights(path, entry, entry == "model_ema" or (entry == "flat" and _is_marked_as_ema(path)))
+    metadata = _read_metadata(path)
+    is_ema = entry == "model_ema" or (entry == "flat" and _is_marked_as_ema(f"{path.name} {metadata}"))
+    return LoadedWeights(path, entry, is_ema, metadata)
 
 
 def save_safetensors(
@@ -178,11 +181,15 @@ def _read(path: Path) -> dict:
     return contents
 
 
-def _is_marked_as_ema(path: Path) -> bool:
-    """True if the name of a file, or the metadata of a `.safetensors` file, says that its weights are averages."""
-    words = path.name
+def _read_metadata(path: Path) -> Mapping[str, str]:
+    """Return the metadata of a `.safetensors` file; nothing if it has none, or is another file."""
     with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, framework="pt") as file:
-        words += f" {file.metadata()}"
+        return file.metadata() or {}
+    return {}
+
+
+def _is_marked_as_ema(words: str) -> bool:
+    """True if words about a file, its name among them, say that its weights are averages."""
     return re.search(r"(?<![a-z])ema(?![a-z])", words.lower()) is not None
 
 
