@@ -13,13 +13,13 @@ import torch_fidelity
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from models import MAR, AnnealedSteps, AutoencoderKL, DetailedTokens, Sampler, cast_model, create_model
+from models import MAR, AnnealedSteps, AutoencoderKL, CachePolicy, DetailedTokens, Sampler, cast_model, create_model
 from util.runs.images import decode, map_images, to_uint8
 from util.scoring.scores import Extractor
 from util.weights import checkpoint, models
 
 GPU = torch.device("cuda", 0)
-BATCH, STEPS = 128, 24  # as few steps as have each kind: refreshes, lazy ones with all rows and with some
+BATCH, STEPS = 128, 8
 
 
 def follows_devices() -> bool:
@@ -79,10 +79,11 @@ def on_gpu(make: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> n
     return network
 
 
-# As few denoising steps as have each of their kinds: full; warm-up and reuse.
+# As few steps as have each of their kinds: refreshes, lazy ones with all rows and with some; of denoising steps full
+# ones, warm-up and reuse.
 RUNS = {
     "mar": (2, {}),
-    "lazymar": (21, {}),
+    "lazymar": (21, {"cache": CachePolicy(start_step=1, refresh_interval=4)}),
     "lazymar+gtr": (
         5,
         {

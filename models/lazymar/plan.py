@@ -291,7 +291,7 @@ def describe(plan: Plan) -> str:
         share = f"{step.num_kept:4d} of {plan.num_rows}"
         denoising = f"{len(step.head.steps):4d}"
         if step.num_detailed:
-            denoising += f", and {len(step.detailed_head.steps)} of {step.num_detailed} tokens"
+            denoising += f", and {len(step.detailed_head.steps)} for {step.num_detailed} tokens"
         line = f"{step.index:4d}  {kind:7s}  {tokens}  {step.cfg:5.2f}  {step.num_branches:8d}  {share}  {denoising}"
         lines.append(line)
     return "\n".join(lines)
