@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
+from torch import Tensor
 
 from models import MAR
+from models.lazymar.caches import ConditionCache, TokenCache
 from models.lazymar.plan import Plan
+from models.lazymar.transformer import Transformer
 from util.errors import InputError
 
 
@@ -24,15 +28,28 @@ def memory(device: torch.device) -> int:
 def memory_needed(model: MAR, plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that sampling needs at least: those of the weights, and those of each image of a batch.
 
-    An image needs its cached keys and values, or without a token cache the activations of one block. `model` may be
-    on the meta device.
+    An image needs its caches and, at a refresh, the activations of one block. `model` is on the meta device.
     """
-    if plan.prune_layer is not None:
-        width = sum(2 * block.attn.proj.in_features for block in [*model.encoder_blocks, *model.decoder_blocks])
-    else:
-        width = 8 * model.mask_token.shape[-1] * plan.num_branches
+    activations = plan.num_branches * plan.num_rows * 8 * model.mask_token.shape[-1]
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return weights * dtype.itemsize, plan.num_rows * width * dtype.itemsize
+    return weights * dtype.itemsize, (cached_numbers(model, plan) + activations) * dtype.itemsize
+
+
+def cached_numbers(model: MAR, plan: Plan) -> int:
+    """Return how many numbers an image keeps from one step to the next: those of its token and condition cache.
+
+    `model` is on the meta device.
+    """
+    transformer = Transformer(model, plan, 1)
+    tensors: list[Tensor] = []
+    if isinstance(transformer.token_cache, TokenCache):
+        tokens = transformer.token_cache
+        rows = chain(tokens.encoder_rows, tokens.decoder_rows.values())
+        tensors += chain.from_iterable(cached.tensors for cached in rows)
+        tensors += [value for value in vars(tokens.selection.rule).values() if isinstance(value, torch.Tensor)]
+    if isinstance(transformer.condition_cache, ConditionCache):
+        tensors.append(transformer.condition_cache.difference)
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def check_memory(model: MAR, plan: Plan, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
