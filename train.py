@@ -2,7 +2,7 @@
 
 Each continues where it was stopped when called again, and ends by writing the averaged weights as safetensors.
 Another model needs an entry in `models/presets.py` and a folder of images, one subfolder per class. docs/training.md
-tells what each stage is for, what did not help, and that the shipped `mar_tiny` is older.
+tells what each stage is for, and what did not help.
 """
 
 from __future__ import annotations
@@ -430,13 +430,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     vae = stage("vae", train_vae, "train the VAE", steps=2500, batch_size=32, lr=1e-3)
     vae.add("--pixel_std", float, "standard deviation of a pixel; larger: smoother latents, blurrier images",
             default=0.08, above=0)  # fmt: skip
-    mar = stage("mar", train_mar, "train MAR on the latents of a trained VAE", steps=4000, batch_size=32, lr=1e-3)
+    mar = stage("mar", train_mar, "train MAR on the latents of a trained VAE", steps=3400, batch_size=32, lr=1.5e-3)
     mar.add("--vae_path", str, "the trained VAE's weights", metavar="FILE", default_text="the model's")
     mar.add("--start_from", str, "weights of an earlier training to go on from, in place of the context phase",
             metavar="FILE", default_text="none")  # fmt: skip
-    mar.add("--context_steps", int, "steps before, of the transformer without the head", default=3000, minimum=1)
+    mar.add("--context_steps", int, "steps before, of the transformer without the head", default=1000, minimum=1)
     mar.add("--context_lr", float, "learning rate of these steps", default=2e-3, above=0)
-    mar.add("--finish_steps", int, "steps after, at a third of the learning rate", default=800, minimum=1)
+    mar.add("--finish_steps", int, "steps after, at a third of the learning rate", default=400, minimum=1)
     mar.add("--posterior_noise", float, "share of the VAE's noise that the latents get", default=0.3, minimum=0,
             maximum=1)  # fmt: skip
     mar.add("--head_tokens", int, "tokens of an image that train the diffusion head in a step", default=128, minimum=1)

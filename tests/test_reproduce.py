@@ -294,10 +294,10 @@ def test_redundancy_tells_changed_rows_from_others():
 # Running and continuing
 
 
-def test_each_ablation_varies_its_base_which_a_note_explains_if_it_is_not_the_papers_policy():
-    for kind in ABLATIONS.values():
-        assert kind.base in kind.policies.values() and len(set(kind.policies.values())) == len(kind.policies)
-        assert (kind.base == CachePolicy()) == (kind.note == "")
+def test_each_ablation_varies_one_setting_of_the_papers():
+    for ablation in ABLATIONS.values():
+        assert CachePolicy() in ablation.policies.values()
+        assert len(set(ablation.policies.values())) == len(ablation.policies)
 
 
 def test_every_row_and_ablation_is_measured_once(whole):
@@ -308,9 +308,9 @@ def test_every_row_and_ablation_is_measured_once(whole):
     assert set(found) == {*rows, *ablations, *methods, "mar_tiny-redundancy"}
     assert [path.name for path in (whole / "mar_tiny" / "frontier").iterdir()] == ["lazymar+disa"]
     made = sorted(path.name for path in (whole / "mar_tiny" / "ablations").iterdir())
-    assert made == ["prune_layer-0", "selection-chance"]  # the former is what the ablation varies: selection-similarity
+    assert made == ["selection-chance"]  # by similarity, as the paper does, is LazyMAR's row of the table
     lazy, huge = found["mar_tiny-lazymar"].result, found["mar_huge-lazymar"].result
-    assert lazy.evaluation.num_images == 20 and not lazy.unfinished and lazy.parameters > 4e6
+    assert lazy.evaluation.num_images == 20 and not lazy.unfinished and lazy.parameters > 3e6
     assert lazy.flops.total == lazy.evaluation.flops_per_image
     assert huge.evaluation is None and not huge.unfinished and len(huge.flops_per_step) == 8
     # What is a row of the table is not evaluated again as an ablation.
@@ -363,7 +363,7 @@ def test_a_point_of_the_frontier_holds_scores_beside_lazymars_and_costs_of_every
     )
 
 
-@pytest.mark.parametrize("method", ["mar", "gtr", "lazymar+gtr", "recap", "lazymar+disa+lateguidance"])
+@pytest.mark.parametrize("method", ["mar", "gtr", "recap", "lazymar+disa+lateguidance"])
 def test_the_costs_of_every_method_are_known_without_a_run(method):
     costs = costs_of(check(Options(model="mar_tiny", method=find_method(method))))
     assert costs.flops == count_flops(check(Options(model="mar_tiny")).meta_model, method, cfg=PRESETS["mar_tiny"].cfg)
@@ -422,7 +422,7 @@ def _rank(arguments: list[str], weights: Path, rank: int, port: int) -> None:
 
 
 def test_two_processes_measure_the_same(tmp_path, whole, weights):
-    arguments, port = [*SMALL, "--output_dir", str(tmp_path / "run")], free_port()
+    arguments, port = [*SMALL, "--method", "none", "--output_dir", str(tmp_path / "run")], free_port()
     ranks = [CONTEXT.Process(target=_rank, args=(arguments, weights, rank, port)) for rank in range(2)]
     for rank in ranks:
         rank.start()
@@ -430,7 +430,8 @@ def test_two_processes_measure_the_same(tmp_path, whole, weights):
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     mine, theirs = results(tmp_path / "run"), results(whole)
-    assert set(mine) == set(theirs) and mine["mar_tiny-baseline"].conditions.processes == 2
+    assert set(theirs) - set(mine) == {FrontierPoint.name(name) for name in ("mar", "lazymar", "lazymar+disa")}
+    assert set(mine) < set(theirs) and mine["mar_tiny-baseline"].conditions.processes == 2
     name = "ablation-selection-chance"
     for measure in ("fid", "fid_difference", "inception_score", "pixel_distance"):
         assert getattr(mine[name].result, measure) == getattr(theirs[name].result, measure)

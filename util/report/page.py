@@ -17,7 +17,7 @@ from util.machine import DTYPES
 from util.report import figures, words
 from util.report.findings import Findings
 from util.report.table import LABELS, table_rows
-from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS
+from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, PAPER_POLICY
 from util.reproduction.paper import GTR_TABLE, GTR_TABLE_SOURCE, LAZYMAR_PAPER, MAR_PAPER, OTHER_METHODS, TABLE_METHODS
 from util.reproduction.results import Comparison, Costs, Row
 from util.runs.options import Options, check
@@ -241,13 +241,13 @@ def ablation_parts(findings: Findings) -> Iterator[AblationPart]:
         return
     for name, records in findings.ablations.items():
         ablation, settings = ABLATIONS[name], [record.result for record in records.values()]
-        paper_label = next(label for label, policy in ablation.policies.items() if policy == ablation.base)
+        paper_label = next(label for label, policy in ablation.policies.items() if policy == PAPER_POLICY)
         base = next((setting for setting in settings if setting.label == paper_label), None)
         picture = Picture(
             f"ablation_{name}",
             figures.ablation(ablation.title, settings, findings.baseline.result, paper_label),
             f"Distance to the baseline's images, FID against the baseline's, and speed-up by {ablation.title.lower()}",
-            CAPTIONS.ablation(ablation.title, ablation.note, settings, base, findings.lacking(name)),
+            CAPTIONS.ablation(ablation.title, settings, base, findings.lacking(name)),
         )
         yield AblationPart(ablation.title, picture, settings, base)
 
