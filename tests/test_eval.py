@@ -572,7 +572,7 @@ def foreign_folder(tmp_path: Path) -> Path:
         (["--start_step", "-1"], "--start_step must be at least 0"),
         (["--kept_fractions", "0:2"], "--kept_fractions"),
         (["--kept_fractions", "half"], "--kept_fractions"),
-        (["--prune_layer", "99"], "--prune_layer must be below 5"),
+        (["--prune_layer", "99"], "--prune_layer must be below 8"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", text_file], "file is truncated, damaged or no checkpoint"),
         (["--resume", weights_with_nan], "the latents of images 7, 17 are not finite"),

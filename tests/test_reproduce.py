@@ -397,7 +397,7 @@ def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys)
     assert before == {name: (copy / "results" / f"{name}.json").read_bytes() for name in results(copy)}
 
     damaged = copy / "results" / "mar_tiny-baseline.json"
-    damaged.write_text(damaged.read_text().replace('"parameters": 4', '"parameters": 5'))
+    damaged.write_text(damaged.read_text().replace('"parameters": 3', '"parameters": 5'))
     cut = copy / "results" / "ablation-baseline.json"
     cut.write_bytes(cut.read_bytes()[:100])
     (copy / "mar_tiny" / "ablations" / "selection-chance" / "images" / "000003.png").unlink()
@@ -461,11 +461,11 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys, monkeypat
         "8 steps: 6 in full, 2 lazy",
         "TFLOPs",
         "encoder",
-        "parameters  4.4 M",
+        "parameters  3.9 M",
         "GB",
         "s per image",
     ]
-    for word in [*words, "ablations: 2 further run(s)"]:
+    for word in [*words, "ablations: 1 further run(s)"]:
         assert word in printed, word
     assert not list(tmp_path.iterdir())
 
