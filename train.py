@@ -186,11 +186,11 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     model = create_model(args.model)
     if labels.max() >= model.class_num:
         raise InputError(f"--data {args.data} has {labels.max() + 1} classes, but {args.model} has {model.class_num}")
-    steps_before = 0
     if args.start_from:
         steps_before = steps_trained(load_weights(model, args.start_from, what=args.model))
     else:
         initialize_with_neighbours(model)
+        steps_before = args.context_steps
     trained = WithReadout(model).to(device)
     moments = load_latents(args, preset, images, device).to(device)
     labels = labels.to(device)
@@ -214,9 +214,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         if probe:
             probe(f"{phase}, step {step}", average.network)
 
-    context_steps = 0 if args.start_from else args.context_steps
-    diffusion_seed = steps_before + context_steps
-    first_seeds = {"context": 0, "diffusion": diffusion_seed, "finish": diffusion_seed + args.steps}
+    first_seeds = {"context": 0, "diffusion": steps_before, "finish": steps_before + args.steps}
 
     def train(trained: WithReadout, phase: str, flags: tuple[str, str], lr: float, ema_decay: float) -> WithReadout:
         trained.requires_grad_(True)
