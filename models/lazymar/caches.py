@@ -59,6 +59,11 @@ class RowCache:
 class NoTokenCache:
     """The empty token cache: every step computes all rows."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept from one step to the next."""
+        return []
+
     def begin(self, positions: Tensor) -> None:
         """Take up a batch."""
 
@@ -100,6 +105,12 @@ class TokenCache(NoTokenCache):
         self.decoder_rows = {number: RowCache(2, num_sequences, num_rows, model.mask_token) for number in behind}
         self.selection = RowSelection(model, plan, num_sequences)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept from one step to the next."""
+        rows = [*self.encoder_rows, *self.decoder_rows.values()]
+        return [*(tensor for cached in rows for tensor in cached.tensors), self.selection.rule.kept]
+
     def begin(self, positions: Tensor) -> None:
         """Take up a batch, given the positions [B, L] of its tokens in the order of prediction."""
         self.selection.begin(positions)
@@ -133,6 +144,11 @@ class TokenCache(NoTokenCache):
 class NoConditionCache:
     """The empty condition cache: every step computes all branches."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept from one step to the next."""
+        return []
+
     def complete(self, step: Step, decoded: Tensor) -> Tensor:
         """Return the last block's output for the tokens predicted now, of all branches."""
         return decoded
@@ -147,6 +163,11 @@ class ConditionCache(NoConditionCache):
 
     def __init__(self, model: MAR, num_images: int) -> None:
         self.difference = model.mask_token.new_empty(num_images, model.seq_len, model.mask_token.shape[-1])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept from one step to the next."""
+        return [self.difference]
 
     def complete(self, step: Step, decoded: Tensor) -> Tensor:
         """Return the last block's output [2B, k, D] for the k tokens predicted now; [B, k, D] if none is guided.

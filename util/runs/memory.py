@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
-from torch import Tensor
 
 from models import MAR
-from models.lazymar.caches import ConditionCache, TokenCache
 from models.lazymar.plan import Plan
 from models.lazymar.transformer import Transformer
 from util.errors import InputError
@@ -41,14 +38,7 @@ def cached_numbers(model: MAR, plan: Plan) -> int:
     `model` is on the meta device.
     """
     transformer = Transformer(model, plan, 1)
-    tensors: list[Tensor] = []
-    if isinstance(transformer.token_cache, TokenCache):
-        tokens = transformer.token_cache
-        rows = chain(tokens.encoder_rows, tokens.decoder_rows.values())
-        tensors += chain.from_iterable(cached.tensors for cached in rows)
-        tensors += [value for value in vars(tokens.selection.rule).values() if isinstance(value, torch.Tensor)]
-    if isinstance(transformer.condition_cache, ConditionCache):
-        tensors.append(transformer.condition_cache.difference)
+    tensors = [*transformer.token_cache.tensors, *transformer.condition_cache.tensors]
     return sum(tensor.numel() for tensor in tensors)
 
 
