@@ -129,14 +129,14 @@ def add_steps(parser: Parser, **more: Any) -> None:
     parser.add(
         "--num_iter",
         int,
-        "autoregressive steps; methods with stages keep their own",
+        "autoregressive steps; methods with a number of their own keep it",
         minimum=1,
         **{"default": default.num_iter, **more},
     )
     parser.add(
         "--num_sampling_steps",
         int,
-        "denoising steps of the diffusion head; methods that anneal them keep their own",
+        "denoising steps of the diffusion head; methods with a number of their own keep it",
         default=default.num_sampling_steps,
         minimum=2,
         maximum=1000,
@@ -152,11 +152,9 @@ def find_methods(names: Iterable[str]) -> dict[str, Method]:
 
 
 def with_steps(method: Method, num_iter: int, num_sampling_steps: int) -> Method:
-    """Return a method with other numbers of steps, where these are plain numbers: neither by stage nor annealed."""
+    """Return a method with other numbers of steps, unless it has numbers of its own."""
     settings = {"num_iter": num_iter, "num_sampling_steps": num_sampling_steps}
-    return method.replaced(
-        **{name: steps for name, steps in settings.items() if isinstance(getattr(method, name), int)}
-    )
+    return method.replaced(**{name: steps for name, steps in settings.items() if name not in method.changes})
 
 
 # Records and words
