@@ -59,7 +59,7 @@ PRESETS = {
             "diffloss_d": 6,
             "diffloss_w": 224,
         },
-        cfg=3.0,
+        cfg=5.0,
         checkpoint="pretrained_models/mar/mar_tiny/checkpoint-last.safetensors",
         vae_path="pretrained_models/vae/mar_tiny.safetensors",
         vae={"embed_dim": 2, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1},

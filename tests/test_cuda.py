@@ -18,7 +18,7 @@ RUNS = {
     "baseline": SETTINGS,
     "lazy": {**SETTINGS, "cache": CachePolicy()},
     "random rows": {**SETTINGS, "cache": CachePolicy(selection="random")},
-    **{name: {**GUIDANCE, **short_settings(name)} for name in ("disa+recap+lateguidance", "lazymar+gtr")},
+    **{name: {**GUIDANCE, **short_settings(name)} for name in ("disa+recap+lateguidance", "lazymar+gtr", "fast")},
 }
 every_run = pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
 

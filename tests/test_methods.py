@@ -42,6 +42,11 @@ SHORT = {
     },
     "recap": {"cache": replace(METHODS["recap"].cache, start_step=3, lazy_sampling_steps=6)},
     "lateguidance": {"unguided_below": 1.4},
+    "fast": {
+        "num_sampling_steps": AnnealedSteps(15, 3),
+        "unguided_below": 1.4,
+        "cache": replace(METHODS["fast"].cache, start_step=2, refresh_interval=4),
+    },
 }
 
 
@@ -78,6 +83,7 @@ COMPOSITIONS = [
     "gtr",
     "recap",
     "lateguidance",
+    "fast",
     "lazymar+disa",
     "lazymar+gtr",
     "lazymar+lateguidance",
@@ -240,7 +246,7 @@ class MoreDraws:
         return torch.cat([drawn, torch.full_like(drawn, math.nan)])
 
 
-@pytest.mark.parametrize("name", ["mar", "disa", "lazymar+gtr", "recap"])
+@pytest.mark.parametrize("name", ["mar", "disa", "lazymar+gtr", "recap", "fast"])
 def test_draws_that_no_step_needs_are_left(name: str) -> None:
     sampler = Sampler(MODEL, name, **GUIDANCE, **short_settings(name))
     noise = sampler.noise(3, range(2))
@@ -372,6 +378,8 @@ BAD_NAMES = [
     ("disa+disa", "has disa twice"),
     ("disa+gtr", "the number of denoising steps"),
     ("lazymar+recap", "what is cached"),
+    ("lazymar+fast", "what is cached"),
+    ("fast+gtr", "the number of tokens per step"),
 ]
 
 

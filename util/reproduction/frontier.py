@@ -22,6 +22,7 @@ FRONTIER = (
     "lazymar+gtr",
     "lazymar+disa+lateguidance",
     "lazymar+gtr+lateguidance",
+    "fast",
 )
 
 
