@@ -22,6 +22,7 @@ from models import AnnealedSteps, CachePolicy, DetailedTokens, Method, find_meth
 from models.lazymar.methods import GTR, LAZYMAR, RECAP
 from util.cli import Parser, check_ranges, flag, version
 from util.errors import InputError
+from util.runs.methods import with_steps
 from util.runs.options import Options, check, parse_options
 from util.weights import download
 
@@ -170,6 +171,12 @@ def test_a_method_and_its_settings_are_chosen_by_flags(arguments, method, folder
     options = check(parse_options("", arguments.split()))
     assert options.method == (find_method(method) if isinstance(method, str) else method)
     assert options.output_dir.name == folder
+
+
+def test_studies_keep_the_numbers_of_steps_that_a_method_has_of_its_own():
+    assert with_steps(find_method("lazymar"), 32, 50) == Method(num_iter=32, num_sampling_steps=50, cache=CachePolicy())
+    assert with_steps(find_method("disa"), 32, 50) == find_method("disa").replaced(num_iter=32)
+    assert with_steps(find_method("fast"), 32, 50) == find_method("fast")
 
 
 @pytest.mark.parametrize(
