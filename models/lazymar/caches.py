@@ -108,8 +108,8 @@ class TokenCache(NoTokenCache):
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that is kept from one step to the next."""
-        rows = [*self.encoder_rows, *self.decoder_rows.values()]
-        return [*(tensor for cached in rows for tensor in cached.tensors), self.selection.rule.kept]
+        holders = [*self.encoder_rows, *self.decoder_rows.values(), self.selection.rule]
+        return [tensor for holder in holders for tensor in holder.tensors]
 
     def begin(self, positions: Tensor) -> None:
         """Take up a batch, given the positions [B, L] of its tokens in the order of prediction."""

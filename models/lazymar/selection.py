@@ -14,51 +14,56 @@ from models.mar import MAR, Attention
 
 
 class Similarity:
-    """Ranks rows by the cosine similarity of their values at this step and the previous one, averaged over heads.
-
-    kept: the previous step's values [B, R, D].
-    """
+    """Ranks rows by the cosine similarity of their values at this step and the previous one, averaged over heads."""
 
     def __init__(self, model: MAR, num_sequences: int, num_rows: int) -> None:
-        self.kept = model.mask_token.new_empty(num_sequences, num_rows, model.mask_token.shape[-1])
+        self.previous = model.mask_token.new_empty(num_sequences, num_rows, model.mask_token.shape[-1])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept from one step to the next."""
+        return [self.previous]
 
     def begin(self, positions: Tensor) -> None:
-        """Take up a batch: the first step of a run is a refresh, which fills `kept`."""
+        """Take up a batch: the first step of a run is a refresh, which fills `previous`."""
 
     def scores(self, step: Step, attention: Attention, values: Tensor) -> Tensor:
         """Return the similarity [B, R] of each row, given the values [B, R, D] of the prune layer."""
         dtype = torch.promote_types(values.dtype, torch.float32)  # similarities near 1 would tie in half precision
-        now, before = (attention.split_heads(rows.to(dtype)) for rows in (values, self.kept[: len(values)]))
+        now, before = (attention.split_heads(rows.to(dtype)) for rows in (values, self.previous[: len(values)]))
         return F.cosine_similarity(now, before, dim=-1).mean(dim=-1)
 
     def remember(self, values: Tensor) -> None:
         """Keep the values for the next step, as far as there is room."""
-        values = values[: len(self.kept)]
-        self.kept[: len(values)] = values
+        kept = values[: len(self.previous)]
+        self.previous[: len(kept)] = kept
 
 
 class Chance:
     """Ranks rows at random, for the ablation that asks whether similarity matters.
 
     An image's rankings depend on its order of prediction alone, not on its batch or the device.
-
-    kept: rankings [steps, B, R].
     """
 
     def __init__(self, model: MAR, num_sequences: int, num_rows: int) -> None:
-        self.kept = model.mask_token.new_empty(model.seq_len, num_sequences, num_rows, dtype=torch.float32)
+        self.rankings = model.mask_token.new_empty(model.seq_len, num_sequences, num_rows, dtype=torch.float32)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept from one step to the next."""
+        return [self.rankings]
 
     def begin(self, positions: Tensor) -> None:
         """Draw a ranking of the rows for each image and each step, of which there are at most as many as tokens."""
-        num_steps, num_sequences, num_rows = self.kept.shape
+        num_steps, num_sequences, num_rows = self.rankings.shape
         unshuffled = np.tile(np.arange(num_rows, dtype=np.float32), (num_steps, 1))
         rankings = [np.random.default_rng(order).permuted(unshuffled, axis=1) for order in positions.tolist()]
         branches = num_sequences // len(rankings)
-        self.kept.copy_(torch.from_numpy(np.stack(rankings * branches, axis=1)))
+        self.rankings.copy_(torch.from_numpy(np.stack(rankings * branches, axis=1)))
 
     def scores(self, step: Step, attention: Attention, values: Tensor) -> Tensor:
         """Return a copy of the step's ranking [B, R]."""
-        return self.kept[step.index, : len(values)].clone()
+        return self.rankings[step.index, : len(values)].clone()
 
     def remember(self, values: Tensor) -> None:
         """Keep nothing."""
