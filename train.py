@@ -181,6 +181,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
 
     With `--start_from`, the weights of an earlier training take the place of the first phase.
     """
+    check_start(args.output_dir, args.start_from)
     images, labels = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
     torch.manual_seed(args.seed)
     model = create_model(args.model)
@@ -244,6 +245,15 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     # One entry, as several would come in any order.
     metadata = {"weights": f"EMA after {first_seeds['finish'] + args.finish_steps} steps"}
     save_safetensors(trained.network.state_dict(), args.output_dir / "checkpoint-last.safetensors", metadata)
+
+
+def check_start(folder: Path, start_from: str | None) -> None:
+    """Raise InputError if a training in `folder` began in the other way, with `--start_from` or without."""
+    began_anew, goes_on = (folder / "context").exists(), (folder / "diffusion").exists()
+    if start_from and began_anew:
+        raise InputError(f"{folder} is of a training without --start_from: leave it out, or take another --output_dir")
+    if not start_from and goes_on and not began_anew:
+        raise InputError(f"{folder} is of a training with --start_from: give it, or take another --output_dir")
 
 
 def steps_trained(loaded: LoadedWeights) -> int:

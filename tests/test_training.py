@@ -445,6 +445,10 @@ def test_training_goes_on_from_weights_of_an_earlier_one_with_batches_of_its_own
     capsys.readouterr()
     assert run_mar(tiny_data, tmp_path / "third", "--start_from", str(tmp_path / "nowhere")) == 2
     assert "no weights for mar_tiny" in capsys.readouterr().err and not (tmp_path / "third").exists()
+    assert run_mar(tiny_data, first, "--start_from", str(second)) == 2
+    assert "leave it out" in capsys.readouterr().err
+    assert run_mar(tiny_data, second, "--lr", "1e-9") == 2
+    assert "give it, or take another --output_dir" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_mar_is_refused(narrow_mar_tiny, tiny_data, tmp_path, capsys):
