@@ -230,24 +230,14 @@ def sinusoids(timestep: int) -> torch.Tensor:
 
 
 class HeadHalf:
-    """The diffusion head for one half's conditions z [n, D], and what it remembers from step to step.
+    """The diffusion head for one half's conditions z [n, D], and what it remembers from step to step."""
 
-    It remembers the last two of each block's MLP outputs and of what it added, with the steps that they are from.
-    """
+    def __init__(self, net, z: torch.Tensor) -> None:
+        self.net, self.z = net, z
+        self.mlp_outputs: dict[int, torch.Tensor] = {}
+        self.differences: dict[int, torch.Tensor] = {}
 
-    def __init__(self, net, z: torch.Tensor, order: int) -> None:
-        self.net, self.z, self.order = net, z, order
-        self.mlp_outputs: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        self.differences: dict[int, list[tuple[int, torch.Tensor]]] = {}
-
-    def recall(self, memory: list[tuple[int, torch.Tensor]], step: int) -> torch.Tensor:
-        """The last value, or at order 1 where the line through the last two is at this step."""
-        if self.order == 0 or len(memory) < 2:
-            return memory[-1][1]
-        (first, before), (second, after) = memory[-2:]
-        return before + (after - before) * (step - first) / (second - first)
-
-    def __call__(self, x, step: int, timestep: int, refresh: bool, warm: bool, skipped: tuple[int, ...]):
+    def __call__(self, x, timestep: int, refresh: bool, warm: bool, skipped: tuple[int, ...]):
         """eps and v for noisy tokens x [n, C]; unless `refresh`, skipped blocks and (if not `warm`) MLPs are old."""
         net = self.net
         y = net.time_embed.mlp(sinusoids(timestep)) + net.cond_embed(self.z)
@@ -255,15 +245,14 @@ class HeadHalf:
         x = net.input_proj(x)
         for index, block in enumerate(net.res_blocks):
             if not refresh and index in skipped:
-                x = x + self.recall(self.differences[index], step)
+                x = x + self.differences[index]
                 continue
             shift, scale, gate = block.adaLN_modulation[1](modulation).chunk(3, dim=1)
             if refresh or warm:
-                output = block.mlp(block.in_ln(x) * (1 + scale) + shift)
-                self.mlp_outputs.setdefault(index, []).append((step, output))
-            out = x + gate * self.recall(self.mlp_outputs[index], step)
+                self.mlp_outputs[index] = block.mlp(block.in_ln(x) * (1 + scale) + shift)
+            out = x + gate * self.mlp_outputs[index]
             if refresh:
-                self.differences.setdefault(index, []).append((step, out - x))
+                self.differences[index] = out - x
             x = out
         shift, scale = net.final_layer.adaLN_modulation[1](modulation).chunk(2, dim=1)
         normed = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
@@ -291,9 +280,8 @@ def denoise(
 ) -> torch.Tensor:
     """Tokens [n, C] sampled for conditions [n, D]; `z_uncond` is None without guidance, `noise` is [S + 1, n, C]."""
     num_steps = len(schedule.timesteps)
-    order = 0 if policy is None else policy.head_order
-    cond = HeadHalf(net, z_cond, order)
-    uncond = None if z_uncond is None else HeadHalf(net, z_uncond, order)
+    cond = HeadHalf(net, z_cond)
+    uncond = None if z_uncond is None else HeadHalf(net, z_uncond)
     x = noise[0]
     for drawn, i in enumerate(reversed(range(num_steps)), start=1):
         refresh, warm, skipped = True, False, ()
@@ -304,10 +292,10 @@ def denoise(
             refresh = i == num_steps - 1 or i % interval == 0
             warm = i > policy.head_warmup * num_steps
             skipped = policy.head_skipped_blocks
-        eps, v = cond(x, drawn, schedule.timesteps[i], refresh, warm, skipped)
+        eps, v = cond(x, schedule.timesteps[i], refresh, warm, skipped)
         if uncond is not None:
             if refresh:
-                difference = eps - uncond(x, drawn, schedule.timesteps[i], refresh, warm, skipped)[0]
+                difference = eps - uncond(x, schedule.timesteps[i], refresh, warm, skipped)[0]
             eps = eps + (cfg - 1) * difference
         x = schedule.step(i, x, eps, v, temperature * noise[drawn])
     return x

@@ -162,7 +162,7 @@ def test_each_option_of_an_evaluation_is_a_flag_with_the_same_default():
         ("--lazy_mar --start_step 3 --unguided_below 1.2",
          Method(cache=CachePolicy(start_step=3), unguided_below=1.2),
          "mar_huge-lazy-iter64-unguided_below1.2-cfg3.25-50000"),
-        ("--method fast", "fast", "mar_huge-fast-iter20-cfg3.25-50000"),
+        ("--method fast", "fast", "mar_huge-fast-iter15-3-2-cfg3.25-50000"),
         ("--method recap --start_step 3", RECAP.replaced(cache=replace(RECAP.cache, start_step=3)),
          "mar_huge-recap-iter64-start_step3-cfg3.25-50000"),
     ],

@@ -106,7 +106,7 @@ METHODS = {
     "gtr": {"num_iter": (3, 2, 2)},
     "lazymar+gtr+lateguidance": {"num_iter": (4, 2, 2), "cache": CachePolicy(start_step=1, condition_cache=False)},
     "disa+recap+lateguidance": {},
-    "fast": {},
+    "fast": {"num_iter": (3, 2, 2)},
 }
 
 

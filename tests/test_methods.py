@@ -42,12 +42,8 @@ SHORT = {
     },
     "recap": {"cache": replace(METHODS["recap"].cache, start_step=3, lazy_sampling_steps=6)},
     "lateguidance": {"unguided_below": 1.4},
-    "fast": {
-        "num_sampling_steps": AnnealedSteps(15, 3),
-        "unguided_below": 1.4,
-        "cache": replace(METHODS["fast"].cache, start_step=2, refresh_interval=4),
-    },
 }
+SHORT["fast"] = SHORT["gtr"] | {"unguided_below": 1.4, "cache": CachePolicy(start_step=2, refresh_interval=4)}
 
 
 def short_settings(name: str) -> dict:
@@ -379,7 +375,7 @@ BAD_NAMES = [
     ("disa+gtr", "the number of denoising steps"),
     ("lazymar+recap", "what is cached"),
     ("lazymar+fast", "what is cached"),
-    ("fast+gtr", "the number of tokens per step"),
+    ("fast+gtr", "the order of prediction"),
 ]
 
 

@@ -361,7 +361,7 @@ def settings_of(arguments: str) -> dict:
 def test_runs_of_methods_that_were_there_before_are_recorded_as_before():
     assert {name: settings_of("")[name] for name in MAR_SETTINGS} == MAR_SETTINGS
     policy = dataclasses.asdict(CachePolicy())
-    del policy["lazy_sampling_steps"], policy["head_order"]
+    del policy["lazy_sampling_steps"]
     assert settings_of("--lazy_mar") == {**settings_of(""), "lazy_mar": True, "cache": policy}
     names = "model num_images class_labels eval_bsz cfg cfg_schedule temperature seed device dtype sampler_version"
     assert settings_of("").keys() == {*names.split(), *MAR_SETTINGS}

@@ -140,8 +140,7 @@ POLICIES = [
     {"prune_layer": 4, "condition_cache": False, "refresh_interval": 4},
     {"start_step": 0},
     {"lazy_sampling_steps": 6},
-    {"head_order": 1},
-    {"head_order": 1, "head_warmup": 0.5, "head_skipped_blocks": (0, 3, 4), "head_refresh_interval": 4},
+    {"head_warmup": 0.5, "head_skipped_blocks": (0, 3, 4), "head_refresh_interval": 4},
     {"selection": "random"},
     {"selection": "random", "prune_layer": 0, "condition_cache": False, "min_margin": 0},
     {"start_step": 1, "refresh_interval": 100},
@@ -202,7 +201,6 @@ MISTAKES = [
     {"condition_cache": False},
     {"head_cache": False},
     {"lazy_sampling_steps": 20},
-    {"head_order": 1},
 ]
 
 
@@ -378,7 +376,6 @@ BAD_FIELDS = [
     ("head_warmup", 1.1),
     ("head_warmup", math.nan),
     ("lazy_sampling_steps", 1),
-    ("head_order", 2),
     ("kept_fractions", ()),
     ("kept_fractions", ((1, 0.5),)),
     ("kept_fractions", ((0, 1.0), (9, 0.5), (9, 0.4))),
@@ -406,7 +403,6 @@ def test_policy_defaults_are_the_papers() -> None:
         "head_refresh_interval": 7,
         "head_skipped_blocks": (1, 2, 3, 4),
         "head_warmup": 0.9,
-        "head_order": 0,
         "lazy_sampling_steps": None,
         "token_cache": True,
         "condition_cache": True,

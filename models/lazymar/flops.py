@@ -125,8 +125,8 @@ def measure_chains(model: MAR, plans: Iterable[HeadPlan], measure: Measure) -> d
     """
 
     @cache
-    def short_chain(kinds: tuple[DenoisingStep, ...], skipped: tuple[int, ...], order: int, branches: int) -> list[int]:
-        plan = HeadPlan(kinds, tuple(reversed(range(len(kinds)))), skipped, order, branches)
+    def short_chain(kinds: tuple[DenoisingStep, ...], skipped: tuple[int, ...], branches: int) -> list[int]:
+        plan = HeadPlan(kinds, tuple(reversed(range(len(kinds)))), skipped, branches)
         conditions = torch.empty(branches, model.mask_token.shape[-1], device="meta")
         noise = torch.empty(1 + len(kinds), 1, model.token_dim, device="meta")
         made, sampler = measure(HeadSampler, model.diffloss.net, plan, 1.0, torch.float32)
@@ -135,7 +135,7 @@ def measure_chains(model: MAR, plans: Iterable[HeadPlan], measure: Measure) -> d
     def chain(plan: HeadPlan) -> tuple[int, int]:
         def short(*between: DenoisingStep) -> list[int]:
             kinds = DenoisingStep.REFRESH, *between, DenoisingStep.REFRESH
-            return short_chain(kinds, plan.skipped_blocks, plan.order, plan.num_branches)
+            return short_chain(kinds, plan.skipped_blocks, plan.num_branches)
 
         of_two, total = short(), list(short())
         stretches = Counter(kind for kind, _ in plan.stretches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -21,33 +20,6 @@ from models.linear import Linear
 ROWS_PER_MATMUL = 4096  # modulations are computed for several denoising steps at once, up to this many rows
 
 
-class Reused:
-    """A tensor that some denoising steps compute and store, and the steps between reuse.
-
-    At order 0 it comes back as it was stored last. At order 1 it is forecast (TaylorSeer, arXiv 2503.06923): the line
-    through the two values stored last goes on. Steps are counted in the order of use.
-    """
-
-    def __init__(self, order: int) -> None:
-        self.order, self.step = order, 0
-        self.value: Tensor | None = None
-        self.slope: Tensor | None = None
-
-    def store(self, step: int, value: Tensor) -> None:
-        """Store the value [n, W] at a step."""
-        if self.order == 1 and self.value is not None:
-            self.slope = (value - self.value) / (step - self.step)
-        self.step, self.value = step, value
-
-    def at(self, steps: range) -> Tensor:
-        """Return the values [S, n, W] at S steps after the one that stored; [1, n, W] where all are the same."""
-        assert self.value is not None  # a chain begins with a refresh
-        if self.slope is None:
-            return self.value[None]
-        ahead = torch.arange(steps.start - self.step, steps.stop - self.step, device=self.value.device)
-        return torch.addcmul(self.value, ahead.to(self.value.dtype)[:, None, None], self.slope)
-
-
 class HeadCache:
     """The paper's head cache: what the denoising steps of one autoregressive step reuse, of the conditional branch.
 
@@ -57,9 +29,9 @@ class HeadCache:
                  without guidance.
     """
 
-    def __init__(self, order: int) -> None:
-        self.mlp_outputs: defaultdict[int, Reused] = defaultdict(lambda: Reused(order))
-        self.added: defaultdict[int, Reused] = defaultdict(lambda: Reused(order))
+    def __init__(self) -> None:
+        self.mlp_outputs: dict[int, Tensor] = {}
+        self.added: dict[int, Tensor] = {}
         self.difference: Tensor | None = None
 
 
@@ -95,13 +67,11 @@ class Modulations:
 class PreparedStep(NamedTuple):
     """A denoising step, with all that it needs and that does not depend on the noisy tokens.
 
-    number:      counted in the order of use.
     modulations: shift, scale and gate [n, 3W] of each block that the step computes.
     reused:      [n, W] at a REUSE step, which computes no block: what all of them add. None at other steps.
     output:      shift and scale [n, 2W] of the final layer.
     """
 
-    number: int
     kind: DenoisingStep
     modulations: Sequence[Tensor]
     reused: Tensor | None
@@ -160,7 +130,7 @@ class HeadSampler:
             noise:    [S + 1, n, C]: where denoising starts, then a draw for each step.
             guidance: [] the CFG scale - 1.
         """
-        cache = HeadCache(self.plan.order)
+        cache = HeadCache()
         x = noise[0]
         steps = self._prepared_steps(self.head.cond_embed(conditions), noise.shape[1], cache)
         for step, coefficients, draw in zip(steps, self.coefficients, [*noise[1:-1], None]):
@@ -182,17 +152,14 @@ class HeadSampler:
             kind: Modulations(layers, times, condition if kind is DenoisingStep.REFRESH else condition[:num_tokens])
             for kind, (layers, times) in self.modulated.items()
         }
-        done = 0
         for kind, count in self.plan.stretches:
             for *of_blocks, of_output in modulations[kind].take(count):
-                steps = range(done, done + len(of_output))
                 if kind is DenoisingStep.REUSE:
-                    for step, reused, output in zip(steps, self._reused(of_blocks, cache, steps), of_output):
-                        yield PreparedStep(step, kind, [], reused, output)
+                    for reused, output in zip(self._reused(of_blocks, cache, len(of_output)), of_output):
+                        yield PreparedStep(kind, [], reused, output)
                 else:
-                    for step, *of_step, output in zip(steps, *of_blocks, of_output):
-                        yield PreparedStep(step, kind, of_step, None, output)
-                done = steps.stop
+                    for *of_step, output in zip(*of_blocks, of_output):
+                        yield PreparedStep(kind, of_step, None, output)
 
     def _blocks(self, step: PreparedStep, h: Tensor, cache: HeadCache) -> Tensor:
         """Return the residual blocks' output for the projected tokens `h` [n, W]: [n, W], or [2n, W] of both branches.
@@ -204,28 +171,28 @@ class HeadSampler:
             h = h.repeat(self.plan.num_branches, 1)  # both branches denoise the same tokens
         for skipped, blocks in self.block_runs:
             if skipped and step.kind is not DenoisingStep.REFRESH:
-                h = h + cache.added[blocks[0]].at(range(step.number, step.number + 1))[0]
+                h = h + cache.added[blocks[0]]
                 continue
             before = h
             for number in blocks:
                 shift, scale, gate = next(ahead).chunk(3, dim=-1)
                 update = self._mlp(number, h, shift, scale)
-                cache.mlp_outputs[number].store(step.number, update[:num_tokens])
+                cache.mlp_outputs[number] = update[:num_tokens]
                 h = torch.addcmul(h, gate, update)
             if skipped:
-                cache.added[blocks[0]].store(step.number, (h - before)[:num_tokens])
+                cache.added[blocks[0]] = (h - before)[:num_tokens]
         return h
 
-    def _reused(self, gates: Sequence[Tensor], cache: HeadCache, steps: range) -> Tensor:
+    def _reused(self, gates: Sequence[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
         """Return what the first layer's bias and all blocks add [steps, n, W] at steps that compute no block."""
         ahead = iter(gates)
-        total = self.input_bias.expand(len(steps), 1, -1)
+        total = self.input_bias.expand(num_steps, 1, -1)
         for skipped, blocks in self.block_runs:
             if skipped:
-                total = total + cache.added[blocks[0]].at(steps)
+                total = total + cache.added[blocks[0]]
             else:
                 for number in blocks:
-                    total = torch.addcmul(total, next(ahead), cache.mlp_outputs[number].at(steps))
+                    total = torch.addcmul(total, next(ahead), cache.mlp_outputs[number])
         return total
 
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

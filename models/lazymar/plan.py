@@ -39,14 +39,12 @@ class HeadPlan:
     steps:          its denoising steps, in the order of use: from index S - 1 down to 0.
     timesteps:      the timestep of each, of the 1000 that the head was trained with.
     skipped_blocks: residual blocks that only a refresh computes.
-    order:          0: a block's output is reused as it is; 1: it is forecast from the last two.
     num_branches:   2 under guidance, the conditional and the unconditional branch; else 1.
     """
 
     steps: tuple[DenoisingStep, ...]
     timesteps: tuple[int, ...]
     skipped_blocks: tuple[int, ...]
-    order: int
     num_branches: int
 
     @cached_property
@@ -163,7 +161,7 @@ def make_head_plan(
     """Return the head's plan for a chain of denoising steps; without the head cache every step is a refresh."""
     num_steps = len(timesteps)
     if not policy.head_cache:
-        return HeadPlan((DenoisingStep.REFRESH,) * num_steps, timesteps, (), 0, num_branches)
+        return HeadPlan((DenoisingStep.REFRESH,) * num_steps, timesteps, (), num_branches)
 
     def kind(index: int) -> DenoisingStep:
         if index == num_steps - 1 or index % refresh_interval == 0:
@@ -171,7 +169,7 @@ def make_head_plan(
         return DenoisingStep.WARMUP if index > policy.head_warmup * num_steps else DenoisingStep.REUSE
 
     kinds = tuple(kind(index) for index in reversed(range(num_steps)))
-    return HeadPlan(kinds, timesteps, policy.head_skipped_blocks, policy.head_order, num_branches)
+    return HeadPlan(kinds, timesteps, policy.head_skipped_blocks, num_branches)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ class CachePolicy:
     )
     head_refresh_interval: int = option(7, "denoising steps whose index is a multiple of this run the head in full")
     head_skipped_blocks: tuple[int, ...] = option((1, 2, 3, 4), "head blocks replaced by what they last added")
-    head_order: int = option(0, "0 reuses a block's output as it is, 1 continues the line through the last two")
     head_warmup: float = option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
     lazy_sampling_steps: int | None = option(None, "denoising steps of lazy steps at most, for all but detailed tokens")
     token_cache: bool = option(True, "reuse token features: the encoder's keys and values, the decoder's pruned rows")
@@ -57,7 +56,6 @@ class CachePolicy:
         check(self.selection in SELECTIONS, "selection", " or ".join(SELECTIONS))
         check(self.head_refresh_interval >= 1, "head_refresh_interval", "at least 1")
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
-        check(self.head_order in (0, 1), "head_order", "0 or 1")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
         check(self.lazy_sampling_steps is None or self.lazy_sampling_steps >= 2, "lazy_sampling_steps", "at least 2")
         starts = [start for start, _ in self.kept_fractions]

@@ -18,7 +18,6 @@ IMPLIED = {
     "num_stages": 1,
     "detailed_tokens": None,
     "unguided_below": 1.0,
-    "cache.head_order": 0,
     "cache.lazy_sampling_steps": None,
 }
 NEW_SETTINGS = [name.removeprefix("cache.") for name in IMPLIED]
