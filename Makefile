@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 # 3 images of each class: under three minutes of sampling on two cores that compute in float32.
 DEMO = --model mar_tiny --num_images 30 --eval_bsz 15
-REPORT = --models mar_tiny --num_images 100 --ablation_images 50 --device cpu \
+REPORT = --models mar_tiny --num_images 100 --ablation_images 40 --device cpu \
 	--method mar lazymar disa gtr lazymar+disa lazymar+gtr fast
 
 .PHONY: demo report test lint install clean
