@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
 
 from models.lazymar.methods import Method
@@ -156,12 +156,15 @@ class Plan:
 
 
 def make_head_plan(
-    timesteps: tuple[int, ...], policy: CachePolicy, num_branches: int, refresh_interval: int
+    timesteps: tuple[int, ...], num_branches: int, *, policy: CachePolicy, is_annealed: bool
 ) -> HeadPlan:
     """Return the head's plan for a chain of denoising steps; without the head cache every step is a refresh."""
     num_steps = len(timesteps)
     if not policy.head_cache:
         return HeadPlan((DenoisingStep.REFRESH,) * num_steps, timesteps, (), num_branches)
+    refresh_interval = policy.head_refresh_interval
+    if is_annealed:  # what is reused over as many steps of a short chain would be far off
+        refresh_interval = math.ceil(refresh_interval * num_steps / REFERENCE_DENOISING_STEPS)
 
     def kind(index: int) -> DenoisingStep:
         if index == num_steps - 1 or index % refresh_interval == 0:
@@ -185,6 +188,11 @@ class Order:
     stages: tuple[int, ...]
     stage_starts: list[int]
 
+    @property
+    def num_iter(self) -> int:
+        """The number of steps."""
+        return len(self.known) - 1
+
     @classmethod
     def of(cls, method: Method, seq_len: int) -> Order:
         """Return a method's. Raises ValueError, naming the setting, if it does not fit the number of tokens."""
@@ -199,6 +207,26 @@ class Order:
         return cls(known, tuple(stages), [sum(steps[:stage]) for stage in range(method.num_stages)])
 
 
+def refresh_steps(order: Order, policy: CachePolicy) -> list[bool]:
+    """Return, for each step, whether it is a refresh.
+
+    A stage predicts more tokens at once than the one before, and begins with a refresh; then none is due just before.
+    """
+    return [
+        step in order.stage_starts or (policy.is_refresh(step) and step + 1 not in order.stage_starts)
+        for step in range(order.num_iter)
+    ]
+
+
+def cfg_scales(order: Order, method: Method, cfg: float, cfg_schedule: str) -> list[float]:
+    """Return the CFG scale of each step; 1 where a method leaves guidance out."""
+    scales = [cfg] * order.num_iter
+    if cfg_schedule == "linear":  # the schedule counts one token as masked at the last step
+        seq_len = order.known[-1]
+        scales = [1 + (cfg - 1) * min(stop, seq_len - 1) / seq_len for stop in order.known[1:]]
+    return [scale if scale >= method.unguided_below else 1.0 for scale in scales]
+
+
 def make_plan(
     seq_len: int, buffer_size: int, method: Method = BASELINE, *, cfg: float, cfg_schedule: str = "linear"
 ) -> Plan:
@@ -211,34 +239,22 @@ def make_plan(
     if cfg_schedule not in CFG_SCHEDULES:
         raise ValueError(f"cfg_schedule must be {' or '.join(CFG_SCHEDULES)}, not {cfg_schedule!r}")
     order = Order.of(method, seq_len)
-    known, num_iter = order.known, len(order.known) - 1
+    known, num_iter, last_stage = order.known, order.num_iter, order.stage_starts[-1]
     num_rows, num_branches = buffer_size + seq_len, 1 if cfg == 1 else 2
     # Without a policy every step is a refresh, and nothing is cached.
     policy = method.cache or CachePolicy(num_iter, token_cache=False, condition_cache=False, head_cache=False)
-    condition_cache = policy.condition_cache and num_branches == 2
-    lazy_branches = 1 if condition_cache else num_branches
     if method.num_stages > 1:
         policy = policy.scaled(num_iter)
-    # A stage predicts more tokens at once than the one before, and begins with a refresh; then none is due just before.
-    refreshes = [
-        index in order.stage_starts or (policy.is_refresh(index) and index + 1 not in order.stage_starts)
-        for index in range(num_iter)
-    ]
-    scales = [cfg] * num_iter
-    if cfg_schedule == "linear":  # the schedule counts one token as masked at the last step
-        scales = [1 + (cfg - 1) * min(stop, seq_len - 1) / seq_len for stop in known[1:]]
-    scales = [scale if scale >= method.unguided_below else 1.0 for scale in scales]
-    counts = method.denoising_steps(num_iter, order.stage_starts[-1])
-    heads: dict[tuple[tuple[int, ...], int], HeadPlan] = {}
+    condition_cache = policy.condition_cache and num_branches == 2
+    lazy_branches = 1 if condition_cache else num_branches
+    refreshes = refresh_steps(order, policy)
+    scales = cfg_scales(order, method, cfg, cfg_schedule)
+    num_sampling_steps = method.denoising_steps(num_iter, last_stage)
+    # Steps that do the same share one object.
+    head_plan = cache(partial(make_head_plan, policy=policy, is_annealed=method.is_annealed))
 
     def head(count: int, scale: float) -> HeadPlan:
-        key = chain_timesteps(count, method.first_timestep), 1 if scale == 1 else 2
-        if key not in heads:
-            interval = policy.head_refresh_interval
-            if method.is_annealed:  # what is reused over as many steps of a short chain would be far off
-                interval = math.ceil(interval * len(key[0]) / REFERENCE_DENOISING_STEPS)
-            heads[key] = make_head_plan(key[0], policy, key[1], interval)
-        return heads[key]
+        return head_plan(chain_timesteps(count, method.first_timestep), 1 if scale == 1 else 2)
 
     steps = []
     for index, (start, stop) in enumerate(zip(known, known[1:])):
@@ -254,10 +270,10 @@ def make_plan(
             num_kept = min(num_rows, max(stop - previous + policy.min_margin, wanted))
         if condition_cache and refresh and is_guided:
             horizon = known[next_refresh]
-        count = counts[index]
+        count = num_sampling_steps[index]
         if policy.lazy_sampling_steps is not None and not refresh:
             count = min(count, policy.lazy_sampling_steps)
-        detailed = method.detailed_tokens if index >= order.stage_starts[-1] else None
+        detailed = method.detailed_tokens if index >= last_stage else None
         steps.append(
             Step(
                 index=index,
