@@ -44,7 +44,6 @@ def evaluate(job: Job, options: Options) -> dict:
     sampler = Sampler(
         model,
         **options.sampling,
-        cfg_schedule=options.cfg_schedule,
         temperature=options.temperature,
         cuda_graphs=options.cuda_graphs,
     )

@@ -79,14 +79,21 @@ def annealed(steps: int | AnnealedSteps, step: int, num_iter: int, num_generatin
 
 
 def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> bool:
-    """Whether everything is computed; with several stages the policy's steps are those of 64, and rounded up."""
+    """Whether everything is computed; with several stages the policy's steps are those of 64, and rounded up.
+
+    A start step below 1 is a fraction of all steps. Alternation stays alternation, however few the steps are.
+    """
     start, interval = policy.start_step, policy.refresh_interval
-    if len(stage_steps) > 1:
-        start, interval = (-(-steps * sum(stage_steps) // 64) for steps in (start, interval))
+    if 0 < start < 1:
+        start = next(count for count in range(sum(stage_steps) + 1) if count / sum(stage_steps) >= start)
+    elif len(stage_steps) > 1:
+        start = -(-start * sum(stage_steps) // 64)
+    if len(stage_steps) > 1 and interval > 1:
+        interval = max(2, -(-interval * sum(stage_steps) // 64))
     stage_starts = [sum(stage_steps[:stage]) for stage in range(len(stage_steps))]
-    if step in stage_starts:
+    if step in stage_starts or step < start or interval == 1:
         return True
-    return step + 1 not in stage_starts and (step < start or (step - start) % interval == 0)
+    return step + 1 not in stage_starts and (step - start) % interval == 0
 
 
 def kept_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_predicted: int) -> int:
@@ -398,7 +405,8 @@ def sample_tokens(
             if detailed_tokens is not None and step >= stage_starts[-1]:
                 chosen = detailed_ones(z_cond[image], detailed_tokens.share)
             others = [token for token in range(num_predicted) if token not in chosen]
-            for part, num_steps in (chosen, getattr(detailed_tokens, "num_sampling_steps", None)), (others, count):
+            most = max(count, detailed_tokens.num_sampling_steps) if detailed_tokens else None
+            for part, num_steps in (chosen, most), (others, count):
                 if part:
                     tokens[image, [steps[image][step][token] for token in part]] = denoise(
                         model.diffloss.net,

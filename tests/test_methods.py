@@ -40,7 +40,7 @@ SHORT = {
         "num_sampling_steps": AnnealedSteps(12, 5, "generation"),
         "detailed_tokens": DetailedTokens(0.2, 9),
     },
-    "recap": {"cache": replace(METHODS["recap"].cache, start_step=3, lazy_sampling_steps=6)},
+    "recap": {"cache": replace(METHODS["recap"].cache, lazy_sampling_steps=6)},
     "lateguidance": {"unguided_below": 1.4},
 }
 SHORT["fast"] = SHORT["gtr"] | {"unguided_below": 1.4, "cache": CachePolicy(start_step=2, refresh_interval=4)}
@@ -53,7 +53,9 @@ def short_settings(name: str) -> dict:
         settings |= SHORT[part]
     if "num_stages" in settings and "cache" in settings:  # whose steps are then those of 64, not of 10
         policy = settings["cache"]
-        scaled = {"start_step": 6 * policy.start_step, "refresh_interval": 6 * policy.refresh_interval}
+        scaled = {"refresh_interval": 6 * policy.refresh_interval}
+        if policy.start_step >= 1:
+            scaled["start_step"] = 6 * policy.start_step
         settings["cache"] = replace(policy, **scaled)
     return settings
 
@@ -115,10 +117,11 @@ GTR_CHANGES = [
     {"num_stages": 4, "num_iter": (2, 1, 3, 2)},
     {"num_iter": (4, 1, 3)},
     {"detailed_tokens": None},
-    {"detailed_tokens": DetailedTokens(0.9, 2)},
+    {"detailed_tokens": DetailedTokens(0.9, 2)},  # which take as many as all others
     {"detailed_tokens": DetailedTokens(0.01, 9)},  # of none
     {"detailed_tokens": DetailedTokens(0.3, 5)},  # as all others
     {"num_sampling_steps": 8},
+    {"num_sampling_steps": 12},
     {"num_sampling_steps": AnnealedSteps(10, 4, "cosine")},
 ]
 
@@ -183,7 +186,7 @@ MISTAKES = [
     ("recap", {"cache": replace(SHORT["recap"]["cache"], lazy_sampling_steps=7)}),
     ("recap", {"cache": replace(SHORT["recap"]["cache"], min_margin=1)}),
     ("recap", {"cache": replace(SHORT["recap"]["cache"], prune_layer=1)}),
-    ("recap", {"cache": replace(SHORT["recap"]["cache"], start_step=4)}),
+    ("recap", {"cache": replace(SHORT["recap"]["cache"], start_step=6)}),
     ("lateguidance", {"unguided_below": 1.2}),
 ]
 
@@ -322,6 +325,29 @@ def test_recap_alternates_in_the_second_half() -> None:
         assert (step.num_kept, step.num_branches, len(step.head.steps)) == (group, 2, 100 if step.refresh else 40)
 
 
+@pytest.mark.parametrize("num_iter", [36, 48, 63, 128])  # of the paper, but for the odd one
+def test_recap_alternates_in_the_second_half_of_any_number_of_steps(num_iter: int) -> None:
+    lazy = [step.index for step in plan_of("recap", num_iter=num_iter) if not step.refresh]
+    assert lazy == list(range(math.ceil(num_iter / 2) + 1, num_iter, 2))
+
+
+def test_recap_alternates_in_stages() -> None:
+    lazy = [step.index for step in plan_of("recap+gtr") if not step.refresh]
+    assert lazy == [17, 19, 21, 23, 25, 27, 29, 31]  # stages begin at 24 and 30
+
+
+@pytest.mark.parametrize("fields", [{"refresh_interval": 1}, {"start_step": 64}, {"start_step": 1000}], ids=str)
+def test_policies_without_lazy_steps_have_none_before_a_stage(fields: dict) -> None:
+    assert all(step.refresh for step in plan_of("lazymar+gtr", cache=CachePolicy(**fields)))
+    assert all(step.refresh for step in plan_of("gtr"))
+
+
+def test_detailed_tokens_take_no_fewer_steps_than_the_others() -> None:
+    plan = plan_of("gtr", num_sampling_steps=100)
+    assert {len(head.steps) for step in plan for head, _ in step.chains} == {100}
+    assert {step.num_detailed for step in plan if step.stage == 2} == {6}
+
+
 def test_late_guidance_leaves_out_the_first_steps() -> None:
     plan = plan_of("lateguidance")
     scales = [step.cfg for step in plan_of("mar")]
@@ -417,6 +443,9 @@ BAD_SETTINGS = [
     ("num_iter", lambda: make_plan(256, 64, Method(num_stages=3, num_iter=(24, 0, 2)), cfg=3)),
     ("num_iter", lambda: make_plan(256, 64, Method(num_iter=(24, 6)), cfg=3)),
     ("num_iter", lambda: make_plan(256, 64, Method(num_iter=257), cfg=3)),
+    ("start_step", lambda: CachePolicy(start_step=1.5)),
+    ("start_step", lambda: CachePolicy(start_step=math.inf)),
+    ("start_step", lambda: CachePolicy(start_step=math.nan)),
     ("method", lambda: Sampler(MODEL, "unheard-of")),
     ("num_stages", lambda: Sampler(random_model(img_size=24), "gtr")),
 ]

@@ -115,6 +115,11 @@ def test_the_plan_is_printed_without_a_warning():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) == 1 + 8
+    result = subprocess.run(
+        [*command[:5], "--method", "gtr", "--num_iter", "5,3,2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout.splitlines()) == 1 + 10 and "lazy" not in result.stdout
 
 
 def test_what_users_download_is_not_offered_to_git():

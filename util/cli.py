@@ -36,17 +36,31 @@ def step_fractions(text: str) -> tuple[tuple[int, float], ...]:
     return tuple((int(step), float(fraction)) for step, fraction in pairs)
 
 
+def steps_or_fraction(text: str) -> int | float:
+    """Read a whole number of steps, or a fraction of all."""
+    return float(text) if "." in text else int(text)
+
+
 # How the value of a field is read, by its annotation without "| None", and what the help calls it.
 READERS: dict[str, Callable[[str], Any]] = {
     "bool": bool,
     "int": int,
+    "int | float": steps_or_fraction,
     "float": float,
     "str": str,
     "Path": Path,
     "tuple[int, ...]": numbers,
     "tuple[tuple[int, float], ...]": step_fractions,
 }
-METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH", numbers: "N,...", step_fractions: "STEP:FRACTION,..."}
+METAVARS = {
+    int: "N",
+    float: "X",
+    str: "NAME",
+    Path: "PATH",
+    numbers: "N,...",
+    step_fractions: "STEP:FRACTION,...",
+    steps_or_fraction: "N or FRACTION",
+}
 
 
 def flag(default: Any, help: str, **settings: Any) -> Any:

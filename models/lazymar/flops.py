@@ -187,10 +187,13 @@ def count_operators(model: MAR, plan: Plan) -> int:
     )
 
 
-def count_flops(model: MAR, method: Method | str = "mar", *, cfg: float = 3.25, **settings: Any) -> Flops:
+def count_flops(
+    model: MAR, method: Method | str = "mar", *, cfg: float = 3.25, cfg_schedule: str = "linear", **settings: Any
+) -> Flops:
     """Count what sampling one image takes; the arguments are those of `Sampler`, and see `flops_per_step`."""
     method = (find_method(method) if isinstance(method, str) else method).replaced(**settings)
-    return Flops.of_steps(flops_per_step(model, make_plan(model.seq_len, model.buffer_size, method, cfg=cfg)))
+    plan = make_plan(model.seq_len, model.buffer_size, method, cfg=cfg, cfg_schedule=cfg_schedule)
+    return Flops.of_steps(flops_per_step(model, plan))
 
 
 def count_decoding_flops(vae: AutoencoderKL, side: int) -> int:

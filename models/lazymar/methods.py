@@ -18,6 +18,8 @@ from models.lazymar.schedules import ANNEALED_FIRST_TIMESTEP, ANNEALINGS, Anneal
 class DetailedTokens:
     """Tokens of the last stage that get a longer denoising chain: those whose conditions vary most across channels.
 
+    Where the others take more denoising steps than is said here, they take as many.
+
     Args:
         share:              of the tokens that a step predicts, in each image by itself.
         num_sampling_steps: their denoising steps.
@@ -64,9 +66,14 @@ class Method:
             raise ValueError(f"unguided_below must be at least 1, not {self.unguided_below}")
 
         if self.num_stages == 1 and self.detailed_tokens:
-            raise ValueError("detailed_tokens are those of the last stage: give num_stages too, of at least 2")
+            raise ValueError(
+                "detailed_tokens are of the last stage of several: give num_stages, too, or leave them out"
+            )
         if self.num_stages == 1 and getattr(self.num_sampling_steps, "schedule", None) == "generation":
-            raise ValueError("num_sampling_steps cannot fall up to the last stage of one: give num_stages too")
+            raise ValueError(
+                "num_sampling_steps falls by the schedule generation up to the last stage of several: give num_stages, "
+                "too, or take another schedule, such as linear"
+            )
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -120,7 +127,7 @@ GTR = Method(
 # block sees the buffer as the local step's encoder has it, which costs nothing.
 RECAP = Method(
     cache=CachePolicy(
-        start_step=REFERENCE_STEPS // 2,
+        start_step=0.5,
         refresh_interval=2,
         prune_layer=0,
         kept_fractions=((0, 0.0),),

@@ -196,13 +196,15 @@ class Order:
     @classmethod
     def of(cls, method: Method, seq_len: int) -> Order:
         """Return a method's. Raises ValueError, naming the setting, if it does not fit the number of tokens."""
-        if method.num_stages == 1:
-            num_iter = method.num_iter
-            if not isinstance(num_iter, int) or not 1 <= num_iter <= seq_len:
-                raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
-            return cls([seq_len - masked for masked in tokens_masked(seq_len, num_iter)], (0,) * seq_len, [0])
-        stages = stages_of_positions(seq_len, method.num_stages)
         steps = (method.num_iter,) if isinstance(method.num_iter, int) else method.num_iter
+        if method.num_stages == 1:
+            if len(steps) > 1:
+                given = ",".join(map(str, steps))
+                raise ValueError(f"num_iter must be one number for one stage, not {given}: or give num_stages, too")
+            if not 1 <= steps[0] <= seq_len:
+                raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {steps[0]}")
+            return cls([seq_len - masked for masked in tokens_masked(seq_len, steps[0])], (0,) * seq_len, [0])
+        stages = stages_of_positions(seq_len, method.num_stages)
         known = spread_evenly([stages.count(stage) for stage in range(method.num_stages)], steps)
         return cls(known, tuple(stages), [sum(steps[:stage]) for stage in range(method.num_stages)])
 
@@ -210,11 +212,14 @@ class Order:
 def refresh_steps(order: Order, policy: CachePolicy) -> list[bool]:
     """Return, for each step, whether it is a refresh.
 
-    A stage predicts more tokens at once than the one before, and begins with a refresh; then none is due just before.
+    A stage predicts more tokens at once than the one before, and begins with a refresh. Just before it none is due,
+    unless there are no lazy steps at that point of the run.
     """
+    starts, steps = order.stage_starts, range(order.num_iter)
+    without_lazy_steps = steps if policy.refresh_interval == 1 else steps[: policy.start_step]
     return [
-        step in order.stage_starts or (policy.is_refresh(step) and step + 1 not in order.stage_starts)
-        for step in range(order.num_iter)
+        step in starts or step in without_lazy_steps or (policy.is_refresh(step) and step + 1 not in starts)
+        for step in steps
     ]
 
 
@@ -241,10 +246,9 @@ def make_plan(
     order = Order.of(method, seq_len)
     known, num_iter, last_stage = order.known, order.num_iter, order.stage_starts[-1]
     num_rows, num_branches = buffer_size + seq_len, 1 if cfg == 1 else 2
-    # Without a policy every step is a refresh, and nothing is cached.
-    policy = method.cache or CachePolicy(num_iter, token_cache=False, condition_cache=False, head_cache=False)
-    if method.num_stages > 1:
-        policy = policy.scaled(num_iter)
+    policy = CachePolicy(num_iter, token_cache=False, condition_cache=False, head_cache=False)  # caches nothing
+    if method.cache:
+        policy = method.cache.of_run(num_iter, has_stages=method.num_stages > 1)
     condition_cache = policy.condition_cache and num_branches == 2
     lazy_branches = 1 if condition_cache else num_branches
     refreshes = refresh_steps(order, policy)
@@ -274,6 +278,7 @@ def make_plan(
         if policy.lazy_sampling_steps is not None and not refresh:
             count = min(count, policy.lazy_sampling_steps)
         detailed = method.detailed_tokens if index >= last_stage else None
+        detailed_count = max(count, detailed.num_sampling_steps) if detailed else count
         steps.append(
             Step(
                 index=index,
@@ -288,11 +293,11 @@ def make_plan(
                 num_kept=num_kept,
                 horizon=horizon,
                 head=head(count, scales[index]),
-                detailed_head=head(detailed.num_sampling_steps if detailed else count, scales[index]),
+                detailed_head=head(detailed_count, scales[index]),
                 num_detailed=int(round((stop - start) * detailed.share, 6)) if detailed else 0,
             )
         )
-    prune_layer = policy.prune_layer if policy.token_cache and method.cache else None
+    prune_layer = policy.prune_layer if policy.token_cache else None
     return Plan(tuple(steps), num_rows, num_branches, lazy_branches, prune_layer, policy.selection, order.stages)
 
 

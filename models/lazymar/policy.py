@@ -23,8 +23,14 @@ class CachePolicy:
     Raises ValueError, naming the field, for a value out of range.
     """
 
-    start_step: int = option(5, "every step before this one is a refresh, which computes everything")
-    refresh_interval: int = option(9, "from the start step on, one step in this many is a refresh")
+    start_step: int | float = option(
+        5,
+        "every step before this one is a refresh, which computes everything; a fraction below 1 is of all steps, and "
+        "other numbers are of 64 steps if the order has stages",
+    )
+    refresh_interval: int = option(
+        9, "from the start step on, one step in this many is a refresh; of 64 steps if the order has stages"
+    )
     prune_layer: int = option(3, "decoder block after whose attention only the least similar rows go on")
     kept_fractions: tuple[tuple[int, float], ...] = option(
         ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
@@ -36,7 +42,10 @@ class CachePolicy:
         "which rows pass the prune layer: the least similar, or any",
         metavar="{" + ",".join(SELECTIONS) + "}",
     )
-    head_refresh_interval: int = option(7, "denoising steps whose index is a multiple of this run the head in full")
+    head_refresh_interval: int = option(
+        7,
+        "denoising steps whose index is a multiple of this run the head in full; of 100 steps if their number falls",
+    )
     head_skipped_blocks: tuple[int, ...] = option((1, 2, 3, 4), "head blocks replaced by what they last added")
     head_warmup: float = option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
     lazy_sampling_steps: int | None = option(None, "denoising steps of lazy steps at most, for all but detailed tokens")
@@ -49,7 +58,8 @@ class CachePolicy:
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
 
-        check(self.start_step >= 0, "start_step", "at least 0")
+        is_valid = self.start_step >= 0 and (self.start_step < 1 or self.start_step % 1 == 0)
+        check(is_valid, "start_step", "at least 0, whole or a fraction below 1 of all steps")
         check(self.refresh_interval >= 1, "refresh_interval", "at least 1")
         check(self.prune_layer >= 0, "prune_layer", "at least 0")
         check(self.min_margin >= 0, "min_margin", "at least 0")
@@ -64,16 +74,22 @@ class CachePolicy:
         check(in_order and in_range, "kept_fractions", "pairs step:fraction with rising steps from 0, fractions 0 to 1")
 
     def is_refresh(self, step: int) -> bool:
-        """Return whether everything is computed at this step."""
+        """Return whether everything is computed at this step, by a policy `of_run`."""
         return step == 0 or step < self.start_step or (step - self.start_step) % self.refresh_interval == 0
 
-    def scaled(self, num_iter: int) -> CachePolicy:
-        """Return the policy with start step and refresh interval at the same progress through `num_iter` steps."""
+    def of_run(self, num_iter: int, has_stages: bool) -> CachePolicy:
+        """Return the policy with start step and refresh interval in steps of a run of `num_iter` steps.
 
-        def scale(steps: int) -> int:
-            return math.ceil(steps * num_iter / REFERENCE_STEPS)
-
-        return replace(self, start_step=scale(self.start_step), refresh_interval=scale(self.refresh_interval))
+        With stages they keep their place in the run, as they are given for 64 steps; lazy steps stay if there are any.
+        """
+        start_step, refresh_interval = self.start_step, self.refresh_interval
+        if has_stages and refresh_interval > 1:
+            refresh_interval = max(2, math.ceil(refresh_interval * num_iter / REFERENCE_STEPS))
+        if 0 < start_step < 1:
+            start_step = math.ceil(round(start_step * num_iter, 6))
+        elif has_stages:
+            start_step = math.ceil(start_step * num_iter / REFERENCE_STEPS)
+        return replace(self, start_step=int(start_step), refresh_interval=refresh_interval)
 
     def kept_fraction(self, step: int, num_iter: int) -> float:
         """Return the fraction of rows kept, looked up at the same progress through a run of `num_iter` steps."""

@@ -63,7 +63,8 @@ def spread_evenly(sizes: list[int], num_iter: tuple[int, ...]) -> list[int]:
     Raises ValueError, naming num_iter, unless there is a number of steps for each stage, each with a token to predict.
     """
     if len(num_iter) != len(sizes):
-        raise ValueError(f"num_iter must have a number of steps for each of the {len(sizes)} stages, not {num_iter}")
+        given = ",".join(map(str, num_iter))
+        raise ValueError(f"num_iter must have a number of steps for each of the {len(sizes)} stages, not {given}")
     known = [0]
     for size, steps in zip(sizes, num_iter):
         if not 1 <= steps <= size:
@@ -80,7 +81,7 @@ def spread_evenly(sizes: list[int], num_iter: tuple[int, ...]) -> list[int]:
 class AnnealedSteps:
     """Denoising steps that grow fewer as an image takes shape (DiSA, arXiv 2505.20297).
 
-    Every chain begins at timestep 950, which costs an autoregressive step up to one in twenty of its denoising steps.
+    Every chain begins at timestep 950: up to one in twenty of the denoising steps collapse there, and are not taken.
 
     Args:
         upper:    denoising steps at the first autoregressive step, 2 to 1000.

@@ -25,11 +25,13 @@ def memory(device: torch.device) -> int:
 def memory_needed(model: MAR, plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that sampling needs at least: those of the weights, and those of each image of a batch.
 
-    An image needs its caches and, at a refresh, the activations of one block. `model` is on the meta device.
+    An image needs its caches, the first decoder block's rows and, at a refresh, the activations of one block. `model`
+    is on the meta device.
     """
-    activations = plan.num_branches * plan.num_rows * 8 * model.mask_token.shape[-1]
+    rows = plan.num_branches * plan.num_rows * model.mask_token.shape[-1]  # numbers in a tensor of all rows
+    first_block, activations = 4 * rows, 8 * rows
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return weights * dtype.itemsize, (cached_numbers(model, plan) + activations) * dtype.itemsize
+    return weights * dtype.itemsize, (cached_numbers(model, plan) + first_block + activations) * dtype.itemsize
 
 
 def cached_numbers(model: MAR, plan: Plan) -> int:

@@ -45,8 +45,10 @@ def denoising_steps(text: str) -> int | AnnealedSteps:
         raise InputError(f"--{error}") from None
 
 
-def detailed_tokens(text: str) -> DetailedTokens:
-    """Read SHARE:STEPS. Raises InputError if they are out of range."""
+def detailed_tokens(text: str) -> DetailedTokens | None:
+    """Read SHARE:STEPS, or none. Raises InputError if they are out of range."""
+    if text.lower() == "none":
+        return None
     share, steps = text.split(":")
     values = float(share), int(steps)
     try:
@@ -60,11 +62,11 @@ READERS: dict[str, dict[str, Any]] = {
     "num_iter": {"kind": steps_of_stages, "metavar": "N,..."},
     "num_sampling_steps": {
         "kind": denoising_steps,
-        "metavar": "UPPER:LOWER:SCHEDULE",
+        "metavar": "N or UPPER:LOWER:SCHEDULE",
         "minimum": 2,
         "maximum": 1000,
     },
-    "detailed_tokens": {"kind": detailed_tokens, "metavar": "SHARE:N"},
+    "detailed_tokens": {"kind": detailed_tokens, "metavar": "SHARE:N or none"},
     "unguided_below": {"kind": float, "metavar": "SCALE", "minimum": 1},
 }
 
@@ -195,7 +197,7 @@ def _text(value: Any) -> str:
     """Write a setting as it is given on the command line."""
     if isinstance(value, tuple):
         return ",".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
-    return str(value)
+    return "none" if value is None else str(value)
 
 
 def _flat(method: Method) -> dict[str, Any]:

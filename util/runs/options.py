@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models import MAR, METHODS, PRESETS, Method, Preset, create_model
+from models import MAR, METHODS, PRESETS, CachePolicy, Method, Preset, create_model
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.plan import CFG_SCHEDULES, Plan, make_plan
 from models.lazymar.sampler import SAMPLER_VERSION
@@ -45,7 +45,7 @@ class Options:
         None,
         "CFG (classifier-free guidance) scale: at least 1, which is no guidance",
         metavar="SCALE",
-        default_text="the model's in the paper",
+        default_text="the model's",
     )
     cfg_schedule: str = flag(
         "linear",
@@ -106,7 +106,7 @@ class Options:
     @property
     def sampling(self) -> dict:
         """The settings that decide how long sampling takes, under the names of `count_flops` and `Sampler`."""
-        return {"method": self.method, "cfg": self.cfg}
+        return {"method": self.method, "cfg": self.cfg, "cfg_schedule": self.cfg_schedule}
 
     @property
     def flops(self) -> list[Flops]:
@@ -179,11 +179,7 @@ def check(options: Options) -> CheckedOptions:
         options.plan  # noqa: B018
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    cache = options.method.cache
-    if cache is not None and cache.prune_layer >= len(model.decoder_blocks):
-        raise InputError(
-            f"--prune_layer must be below {len(model.decoder_blocks)}, the decoder blocks of {options.model}"
-        )
+    check_blocks(options)
     if options.inception_weights and preset.features != "inception":
         raise InputError(f"--inception_weights is not for {options.model}, which a classifier of its own scores")
 
@@ -200,6 +196,23 @@ def check(options: Options) -> CheckedOptions:
     }
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     return CheckedOptions(**{**values, **filled_in})
+
+
+def check_blocks(options: Options) -> None:
+    """Raise InputError for a caching policy that names a block which the model does not have."""
+    model, policy = options.meta_model, options.method.cache
+    if policy is None:
+        return
+    if policy.token_cache and policy.prune_layer >= len(model.decoder_blocks):
+        raise InputError(
+            f"--prune_layer must be below {len(model.decoder_blocks)}, the decoder blocks of {options.model}"
+        )
+    # The default is for any head, and skips what there is.
+    num_blocks, skipped = len(model.diffloss.net.res_blocks), policy.head_skipped_blocks
+    if policy.head_cache and skipped != CachePolicy().head_skipped_blocks and max(skipped, default=0) >= num_blocks:
+        raise InputError(
+            f"--head_skipped_blocks must be below {num_blocks}, the residual blocks of the head of {options.model}"
+        )
 
 
 def parse_options(description: str | None, arguments: Sequence[str] | None = None) -> Options:
