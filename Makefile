@@ -24,7 +24,7 @@ demo: install
 	$(RUN) compare.py output/demo/baseline output/demo/lazymar --output output/demo/side_by_side.png
 
 # The paper's table, the ablations and the report, as far as the embedded model goes: sized for two cores and a quarter of
-# an hour. For the other models, or on GPUs, run reproduce.py by hand: it adds to what is there.
+# an hour. For the other models, or on GPUs, run reproduce.py by hand, with an --output_dir of its own.
 report: install
 	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 reproduce.py $(REPORT)
 	$(RUN) report.py

@@ -26,7 +26,7 @@ from models import MAR, PRESETS, AutoencoderKL, Method, Sampler, count_flops, cr
 from models.lazymar.flops import Flops, count_decoding_flops
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 from util.machine import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
 from util.reproduction.timing import (
     cpu_peak,
@@ -254,6 +254,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError, naming the flag, for a value that is out of range for a model."""
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot must end in .png, .svg or .pdf, not be {args.plot}")
+    for path in filter(None, (args.output, args.plot)):
+        check_writable(path)
     for name, num_iter, method in product(args.models, args.num_iter, args.method.values()):
         check(Options(model=name, method=with_steps(method, num_iter, args.num_sampling_steps)))
 

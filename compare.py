@@ -15,7 +15,7 @@ from PIL import Image
 
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 from util.runs.images import encode_png, image_grid
 from util.scoring.scores import Scores
 
@@ -40,8 +40,8 @@ def read_metrics(folder: Path) -> dict:
     path = folder / "metrics.json"
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: finish that run with eval.py first") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} does not exist: name a run's folder, or finish that run with eval.py first") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is damaged ({error}): delete it and run eval.py again") from None
 
@@ -59,6 +59,10 @@ def table(baseline: dict, other: dict) -> str:
     (extractor, scores), (other_extractor, other_scores) = map(Scores.of_metrics, (baseline, other))
     if extractor and other_extractor and extractor != other_extractor:
         raise InputError(f"the runs were scored differently ({extractor} and {other_extractor}): score them alike")
+    references = [metrics.get("reference", {}) for metrics in (baseline, other)]
+    if all(references) and references[0]["sha256"] != references[1]["sha256"]:
+        names = " and ".join(str(reference["path"]) for reference in references)
+        raise InputError(f"the runs were scored against different statistics ({names}): score them alike")
     for name, (label, style) in SCORES_SHOWN.items():
         starred = extractor == "fashion" and name != "fd_dinov2"
         add(label + "*" * starred, getattr(scores, name), getattr(other_scores, name), style)
@@ -95,6 +99,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.output:
+        check_writable(args.output)
     baseline, other = read_metrics(args.baseline), read_metrics(args.other)
     for name in ("model", "seed", "num_images"):
         values = baseline["settings"][name], other["settings"][name]

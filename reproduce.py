@@ -43,8 +43,10 @@ from util.reproduction.results import (
     T,
 )
 from util.reproduction.study import ABLATION_IMAGES, Study, inputs_of, missing_file
+from util.runs.folder import holds_other_run
 from util.runs.methods import add_steps, in_words
 from util.runs.options import CheckedOptions, Options
+from util.runs.run import weights_digests
 from util.scoring.scores import Metrics
 from util.weights.models import load_model
 
@@ -60,6 +62,8 @@ def reproduce(job: Job, args: argparse.Namespace) -> None:
     if args.dry_run:
         job.share(lambda: print_costs(study, device, dtype, job.world_size))
         return
+    if not study.overwrite:
+        job.share(lambda: study.check_folders(device, dtype))
     reproduction = Reproduction(job, study, device, dtype, Results(study.output_dir / "results"))
     for model in PRESETS:
         for in_table in TABLE_METHODS:
@@ -92,6 +96,15 @@ class Reproduction:
     def missing_file(self, model: str) -> str | None:
         """The file that evaluations of a model lack, in words; None if they lack nothing."""
         return self.job.share(lambda: missing_file(self.study.options(model, Method())))
+
+    def keeping_what_is_wanted(self, run: CheckedOptions) -> CheckedOptions:
+        """The options of an evaluation, which overwrite nothing but a run of other settings or weights."""
+
+        def is_other() -> bool:
+            settings = {**run.settings(self.device, self.dtype), **weights_digests(run)}
+            return holds_other_run(run.output_dir, settings)
+
+        return replace(run, overwrite=run.overwrite and self.job.share(is_other))
 
     def measure_once(
         self,
@@ -142,7 +155,9 @@ class Reproduction:
             return True
 
         if self.job.share(begin):
-            evaluation = None if run is None else Evaluation.of_metrics(evaluate(self.job, run))
+            evaluation = None
+            if run is not None:
+                evaluation = Evaluation.of_metrics(evaluate(self.job, self.keeping_what_is_wanted(run)))
             self.job.share(lambda: write(measure(evaluation)))
 
 

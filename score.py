@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 from util.scoring.scores import (
     FEATURES_DIMS,
     INCEPTION_FILE,
@@ -135,8 +135,7 @@ def evaluate(args: argparse.Namespace) -> None:
         scores = score_statistics(own.statistics, reference, metrics, progress=True)
     else:
         features, logits, *dinov2 = extract(extractor, own.images, args.batch_size)
-        labels = [0] * len(features)  # not known
-        scores = score(features, logits, reference, metrics, *dinov2, labels=labels, progress=True)
+        scores = score(features, logits, reference, metrics, *dinov2, progress=True)
     print(f"images: {own}\nreference: {other}\n{scores.table(args.features)}")
     if args.json:
         write_report(args, scores, None if own.images is None else len(own.images))
@@ -175,18 +174,6 @@ def check_extractor(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {args.device} is not there: use cpu, or cuda on a machine with a GPU.") from None
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be written there, now rather than after the work."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        with atomic_write(path.with_name(path.name + ".test")) as partial:
-            partial.touch()
-        path.with_name(path.name + ".test").unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error}): name another file.") from None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import Preset
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
-from util.files import atomic_write
+from util.files import atomic_write, check_writable, file_digest
 from util.machine import ROOT, choose_device, mixed_precision
 from util.runs.options import Options
 from util.scoring.classifier import CLASSIFIER_PATH
@@ -38,12 +38,13 @@ from util.training.fashion import FASHION_MNIST_FOLDER, load_fashion_mnist
 from util.training.initialization import initialize_with_neighbours
 from util.training.loop import fit
 from util.training.probe import ContextProbe
-from util.weights.checkpoint import LoadedWeights, load_weights, save_safetensors
+from util.weights.checkpoint import LoadedWeights, find_weights, load_weights, save_safetensors
 
 LABEL_DROPOUT = 0.1  # share of images trained without their class (MAR paper)
 FIRST_EVERY, FIRST_WEIGHT = 16, 300.0  # one timestep in 16 is where sampling starts, with this weight of its error
 FINISH_FIRST_EVERY, FINISH_CONDITION_NOISE = 4, 0.5  # in the finish one in 4, and there with noise in the conditions
 NO_WEIGHT_DECAY = ("diffloss.", "class_emb.", "fake_latent", "mask_token", "encoder_pos", "decoder_pos")
+REPORT_IMAGES = 2000  # images that the VAE's reconstruction and the scale of its latents are measured on
 HELD_OUT = 300  # images that MAR is not trained on, for the context probe
 
 
@@ -57,7 +58,7 @@ def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tens
         if size != 32:
             raise InputError(f"--data fashion-mnist has 32 x 32 images, but the model's are {size} x {size}")
         return load_fashion_mnist(fashion_mnist)
-    classes = sorted(path for path in Path(data).glob("*") if path.is_dir())
+    classes = sorted(path for path in Path(data).glob("[!.]*") if path.is_dir())
     if not classes:
         raise InputError(f"--data {data}: no such folder, or no subfolders (one per class) in it")
     images, labels = [], []
@@ -75,6 +76,19 @@ def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tens
     if not images:
         raise InputError(f"--data {data}: no images in its subfolders")
     return torch.stack(images), torch.tensor(labels)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, int | float | str]:
+    """Return flags and their values."""
+    return {f"--{name}": getattr(args, name) for name in names}
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """Return SHA-256 of the tensors' bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -101,8 +115,18 @@ def train_vae(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         error = (decoded - x).square().sum(dim=(1, 2, 3)) / (2 * args.pixel_std**2)
         return (error + posterior.kl()).mean() / x[0].numel()
 
-    average = fit(vae, loss, folder=args.output_dir, steps=args.steps, lr=args.lr, weight_decay=0.0, device=device)
-    mse, std = vae_report(average, to_float(images[:2000]))
+    average = fit(
+        vae,
+        loss,
+        folder=args.output_dir,
+        steps=args.steps,
+        lr=args.lr,
+        weight_decay=0.0,
+        settings={"sha256 of --data": digest_of(images)[:16], **given(args, "batch_size", "seed", "pixel_std")},
+        device=device,
+    )
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:REPORT_IMAGES]  # of all classes
+    mse, std = vae_report(average, to_float(images[some.to(images.device)]))
     print(f"reconstruction: {10 * np.log10(4 / mse):.2f} dB PSNR; standard deviation of latents: {std:.3f}")
     set_latent_std(average, std, 1 / MAR.latent_scale)
     save_safetensors(average.state_dict(), args.output_dir / "vae.safetensors", {})
@@ -215,6 +239,9 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
         if probe:
             probe(f"{phase}, step {step}", average.network)
 
+    settings = given(args, "batch_size", "seed", "posterior_noise", "head_tokens")
+    if args.start_from:
+        settings["sha256 of --start_from"] = file_digest(find_weights(args.start_from, args.model))[:16]
     first_seeds = {"context": 0, "diffusion": steps_before, "finish": steps_before + args.steps}
 
     def train(trained: WithReadout, phase: str, flags: tuple[str, str], lr: float, ema_decay: float) -> WithReadout:
@@ -232,6 +259,7 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
             matrices=["network.encoder_blocks.", "network.decoder_blocks."],
             ema_decay=ema_decay,
             first_seed=first_seeds[phase],
+            settings=settings,
             report=partial(report, phase),
             steps_flag=steps_flag,
             lr_flag=lr_flag,
@@ -353,19 +381,18 @@ def load_latents(args: argparse.Namespace, preset: Preset, images: Tensor, devic
     """
     vae = AutoencoderKL(**preset.vae)
     load_weights(vae, args.vae_path or ROOT / preset.vae_path, what="the VAE")
-    digest = hashlib.sha256()
-    for tensor in (images, *vae.state_dict().values()):
-        digest.update(tensor.numpy())
+    digest = digest_of(images, *vae.state_dict().values())
     path = args.output_dir / "latents.pt"
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         made_of, moments = kept["of"], kept["moments"]
     except Exception:  # there are none, or the file is damaged
+        check_writable(path)
         moments = encode_images(vae.to(device).eval(), images) * MAR.latent_scale
         with atomic_write(path) as temporary:
-            torch.save({"of": digest.hexdigest(), "moments": moments}, temporary)
+            torch.save({"of": digest, "moments": moments}, temporary)
         return moments
-    if made_of != digest.hexdigest():
+    if made_of != digest:
         raise InputError(f"{path} holds latents of other images or of another VAE: choose another --output_dir")
     return moments
 

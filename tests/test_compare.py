@@ -52,6 +52,25 @@ def test_runs_of_different_seeds_are_not_compared(tmp_path, capsys):
     assert "seed" in capsys.readouterr().err
 
 
+def test_scores_against_different_references_are_not_compared(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    for run, digest in zip(runs, ("1", "2")):
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["reference"] = {"path": f"{run.name}.npz", "sha256": digest}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    assert compare.main(list(map(str, runs))) == 2
+    assert "different statistics (a.npz and b.npz)" in capsys.readouterr().err
+    assert compare.main([str(runs[0]), str(make_run(tmp_path / "of an earlier version"))]) == 0
+
+
+def test_what_is_no_folder_and_a_picture_that_cannot_be_written_are_named(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    assert compare.main([str(runs[0] / "metrics.json"), str(runs[1])]) == 2
+    assert "metrics.json does not exist: name a run's folder" in capsys.readouterr().err
+    assert compare.main([*map(str, runs), "--output", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path}" in capsys.readouterr().err
+
+
 def test_scores_by_inception_are_shown_and_scores_of_two_kinds_refused(tmp_path, capsys):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
     for run in runs:

@@ -360,12 +360,14 @@ def test_a_run_goes_on_after_the_code_was_edited(copy, command, capsys, monkeypa
     assert "a run of version 1 of the sampler, and version 2 makes other images" in capsys.readouterr().err
 
 
-def test_a_restart_by_torchrun_does_not_overwrite_again(copy, command, monkeypatch, whole):
+def test_a_restart_by_torchrun_does_not_overwrite_again(copy, command, monkeypatch, whole, capsys):
     again = command(copy, "--overwrite")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
     assert run(again) == 0
     monkeypatch.setattr(program.Sampler, "__call__", None)
+    capsys.readouterr()
     assert run(again) == 0
+    assert "give it another --rdzv_id than this launch" in capsys.readouterr().out
     assert_same(copy, whole)
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")

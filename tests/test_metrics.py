@@ -244,6 +244,28 @@ def test_standard_errors_are_those_of_the_mean_where_that_is_known():
     assert Scores.of_metrics(json.loads(json.dumps(named)))[1].recall == whole.recall
 
 
+@pytest.mark.parametrize("num_classes", [1, 7, 10, 100, 1000])
+def test_standard_errors_are_over_ten_groups_however_few_images_a_class_has(num_classes):
+    labels = np.arange(300) % num_classes
+    groups = groups_of_images(labels.tolist())
+    assert np.bincount(groups).tolist() == [30] * 10
+    counts = np.array([np.bincount(labels[groups == group], minlength=num_classes) for group in range(10)])
+    assert (np.ptp(counts, axis=0) <= 1).all()
+
+
+def test_images_of_unknown_classes_are_grouped_at_random():
+    """Images of a run are of class i mod 10: groups by number would be classes, and their errors far too large."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 4, generator=generator) + 5 * (torch.arange(400) % 10)[:, None]
+    reference = Statistics.from_features(torch.randn(400, 4, generator=generator) + 22, keep=None)
+    metrics, logits = Metrics(standard_errors=True), torch.randn(400, 10, generator=generator)
+    unknown = score(features, logits, reference, metrics)
+    known = score(features, logits, reference, metrics, labels=[index % 10 for index in range(400)])
+    by_number = score(features, logits, reference, metrics, labels=[0] * 400)
+    assert unknown.fid == known.fid
+    assert known.errors["fid"] < unknown.errors["fid"] < 0.5 * by_number.errors["fid"]
+
+
 # Bad input
 
 

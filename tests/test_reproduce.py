@@ -331,9 +331,10 @@ def test_distances_are_those_of_the_images(whole):
     difference = np.abs(images[0].astype(float) - images[1]).mean(axis=(1, 2, 3))
     value, error = found["ablation-selection-chance"].result.pixel_distance
     assert value == pytest.approx(difference.mean(), rel=1e-5) and value > 0.1
-    groups = [difference[:10].mean(), difference[10:].mean()]  # the jackknife's two
-    assert error == pytest.approx(abs(groups[0] - groups[1]) / 2, rel=1e-4)
-    assert found["ablation-selection-chance"].result.pixel_distance_by_group == pytest.approx(groups, rel=1e-5)
+    groups = groups_of_images([index % 10 for index in range(20)])
+    means = [difference[groups == group].mean() for group in range(10)]
+    assert error == pytest.approx(np.std(means, ddof=1) / math.sqrt(10), rel=1e-4)
+    assert found["ablation-selection-chance"].result.pixel_distance_by_group == pytest.approx(means, rel=1e-5)
 
 
 def test_a_point_of_the_frontier_holds_scores_beside_lazymars_and_costs_of_every_model(whole):
@@ -411,6 +412,35 @@ def test_a_second_command_measures_only_what_was_lost(copy, monkeypatch, capsys)
     for score in ("fid", "inception_score"):
         assert list(getattr(again["ablation-baseline"].result, score)) == measured["result"][score]
     assert (copy / "mar_tiny" / "ablations" / "selection-chance" / "images" / "000003.png").exists()
+
+
+def test_folders_of_other_settings_are_refused_before_any_work(copy, monkeypatch, capsys):
+    before = {name: (copy / "results" / f"{name}.json").read_bytes() for name in results(copy)}
+    monkeypatch.setattr(program, "evaluate", None)
+    shutil.rmtree(copy / "mar_tiny" / "baseline")  # of the first row
+    for arguments in (["--seed", "1"], ["--num_images", "30"], ["--models", "mar_base", "mar_tiny", "--eval_bsz", "5"]):
+        assert run(copy, *arguments) == 2
+        assert "mar_tiny/lazymar holds a run with other settings" in capsys.readouterr().err
+    assert before == {name: (copy / "results" / f"{name}.json").read_bytes() for name in results(copy)}
+
+
+def test_overwriting_leaves_runs_of_the_same_settings(copy, monkeypatch):
+    evaluated, evaluate = {}, program.evaluate
+
+    def record(job, options):
+        evaluated[options.output_dir.name] = options.overwrite
+        return evaluate(job, options)
+
+    monkeypatch.setattr(program, "evaluate", record)
+    monkeypatch.setattr(program, "compare_steps", lambda *_: None)
+    (copy / "mar_tiny" / "lazymar" / "images" / "000003.png").unlink()
+    kept = copy / "mar_tiny" / "lazymar" / "images" / "000015.png"
+    time_of_writing = kept.stat().st_mtime_ns
+    assert run(copy, "--overwrite") == 0 and evaluated == {"lazymar": False}
+    assert kept.stat().st_mtime_ns == time_of_writing
+    evaluated.clear()
+    assert run(copy, "--overwrite", "--seed", 1, "--ablations", "none", "--method", "none") == 0
+    assert evaluated == {"baseline": True, "lazymar": True}
 
 
 def _rank(arguments: list[str], weights: Path, rank: int, port: int) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,6 +324,28 @@ def test_a_job_of_one_needs_no_launcher(monkeypatch):
 
     assert launch(work) == 0
     assert seen == [(0, 1, ["a", "b", "c"], [1], {"a": 2}), {"3": [1, None]}]  # what other ranks would get, too
+
+
+def test_one_process_of_each_machine_goes_before_its_others():
+    """What several write at once to a folder of a machine, such as downloaded weights, would be damaged."""
+    ranks, local_ranks, store, order = range(6), [0, 1, 2, 0, 1, 2], torch.distributed.HashStore(), []
+
+    def turn(rank: int) -> str:
+        job = Job.__new__(Job)
+        job.rank, job.world_size, job.local_rank, job._calls = rank, len(ranks), local_ranks[rank], 0
+        job.watch = SimpleNamespace(store=store, stop_signal=None)
+
+        def make() -> str:
+            order.append(rank)
+            time.sleep(0.2)
+            order.append(rank)
+            return f"of {rank}"
+
+        return job.in_turn(make)
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        assert list(threads.map(turn, ranks)) == [f"of {rank}" for rank in ranks]
+    assert order[:4] == [0, 0, 3, 3] and sorted(order[4:]) == [1, 1, 2, 2, 4, 4, 5, 5]
 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("x"), 2), (Stopped(15), 143), (ValueError("x"), 1)])

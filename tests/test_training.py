@@ -127,8 +127,9 @@ def test_a_training_begun_when_there_was_one_optimizer_goes_on(tmp_path):
     make_regression(5, tmp_path)[1]()
     state = torch.load(tmp_path / "training.pt")
     (state["optimizer"],) = state.pop("optimizers")
+    del state["settings"]
     torch.save(state, tmp_path / "training.pt")
-    module, run = make_regression(5, tmp_path)
+    module, run = make_regression(5, tmp_path, settings={"--seed": 0})
     run()
     torch.testing.assert_close(module.state_dict(), state["model"], rtol=0, atol=0)
 
@@ -139,11 +140,12 @@ def test_a_training_begun_when_there_was_one_optimizer_goes_on(tmp_path):
         (6, {"steps_flag": "--finish_steps"}, "--finish_steps 5"),
         (5, {"lr": 0.1, "lr_flag": "--context_lr"}, "--context_lr"),
         (5, {"matrices": ["weight"]}, "is not of this training"),
+        (5, {"settings": {"--seed": 1, "--batch_size": 2}}, r"other settings \(--seed 0 there, 1 now\)"),
     ],
-    ids=["length", "learning rate", "optimizers"],
+    ids=["length", "learning rate", "optimizers", "settings"],
 )
 def test_a_folder_of_another_training_is_refused(steps, options, named, tmp_path):
-    make_regression(5, tmp_path)[1]()
+    make_regression(5, tmp_path, settings={"--seed": 0})[1]()
     with pytest.raises(InputError, match=named):
         make_regression(steps, tmp_path, **options)[1]()
 
@@ -393,6 +395,24 @@ def test_training_runs_from_a_folder_of_images_to_weights_that_load(tiny_data, t
         train.main(["mar", *common])
 
 
+def test_a_vae_is_rescaled_by_images_of_all_classes(tiny_data, tmp_path, monkeypatch, capsys):
+    seen, report = [], train.vae_report
+    monkeypatch.setattr(train, "vae_report", lambda vae, images: seen.append(images) or report(vae, images))
+    (tiny_data / ".cache").mkdir()  # is no class
+    monkeypatch.setattr(train, "REPORT_IMAGES", 12)
+    arguments = ["vae", "--data", str(tiny_data), "--output_dir", str(tmp_path / "vae"), "--steps", "1"]
+    arguments += ["--batch_size", "2", "--device", "cpu"]
+    assert train.main(arguments) == 0
+    images, labels = train.load_images(str(tiny_data), 32, Path())
+    assert labels.unique().tolist() == [0, 1]
+    classes = [int(labels[(train.to_float(images) == image).flatten(1).all(dim=1)]) for image in seen[0]]
+    assert len(classes) == 12 and 2 < sum(classes) < 10
+    (tiny_data / "dogs" / "0.png").unlink()
+    capsys.readouterr()
+    assert train.main(arguments) == 2
+    assert "other settings (sha256 of --data" in capsys.readouterr().err
+
+
 def run_mar(data: Path, output_dir: Path, *arguments: str) -> int:
     lengths = ["--context_steps", "4", "--steps", "3", "--finish_steps", "2"]
     sizes = ["--batch_size", "2", "--head_tokens", "8", "--device", "cpu"]
@@ -449,6 +469,10 @@ def test_training_goes_on_from_weights_of_an_earlier_one_with_batches_of_its_own
     assert "leave it out" in capsys.readouterr().err
     assert run_mar(tiny_data, second, "--lr", "1e-9") == 2
     assert "give it, or take another --output_dir" in capsys.readouterr().err
+    weights = (second / "checkpoint-last.safetensors").read_bytes()
+    assert run_mar(tiny_data, second, "--start_from", str(second), "--lr", "1e-9") == 2
+    assert "other settings (sha256 of --start_from" in capsys.readouterr().err
+    assert (second / "checkpoint-last.safetensors").read_bytes() == weights
 
 
 def test_a_folder_of_another_mar_is_refused(narrow_mar_tiny, tiny_data, tmp_path, capsys):
@@ -460,6 +484,7 @@ def test_a_folder_of_another_mar_is_refused(narrow_mar_tiny, tiny_data, tmp_path
         (["--finish_steps", "3"], "give --finish_steps 2"),
         (["--context_lr", "1"], "another --context_lr"),
         (["--lr", "1"], "another --lr"),
+        (["--seed", "1"], "other settings (--seed 0 there, 1 now)"),
     ]:
         assert run_mar(tiny_data, run, *arguments) == 2
         assert named in capsys.readouterr().err

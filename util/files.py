@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from util.errors import InputError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
@@ -33,6 +35,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError unless a file can be written there, now rather than after the work."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with atomic_write(path.with_name(path.name + ".test")) as partial:
+            partial.touch()
+        path.with_name(path.name + ".test").unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}): name another file.") from None
 
 
 def file_digest(path: str | os.PathLike) -> str:

@@ -215,12 +215,13 @@ def refresh_steps(order: Order, policy: CachePolicy) -> list[bool]:
     A stage predicts more tokens at once than the one before, and begins with a refresh. Just before it none is due,
     unless there are no lazy steps at that point of the run.
     """
-    starts, steps = order.stage_starts, range(order.num_iter)
-    without_lazy_steps = steps if policy.refresh_interval == 1 else steps[: policy.start_step]
-    return [
-        step in starts or step in without_lazy_steps or (policy.is_refresh(step) and step + 1 not in starts)
-        for step in steps
-    ]
+
+    def is_refresh(step: int) -> bool:
+        if step in order.stage_starts or step < policy.start_step or policy.refresh_interval == 1:
+            return True
+        return policy.is_refresh(step) and step + 1 not in order.stage_starts
+
+    return [is_refresh(step) for step in range(order.num_iter)]
 
 
 def cfg_scales(order: Order, method: Method, cfg: float, cfg_schedule: str) -> list[float]:

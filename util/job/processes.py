@@ -79,13 +79,18 @@ class Job:
         return json.loads(self._wait_for(key))
 
     def in_turn(self, make: Callable[[], T]) -> T:
-        """Call `make()` on all ranks, on rank 0 before all others; return each rank's own result, of any type."""
-        if self.rank == 0:
-            value = make()
-            self.share(lambda: None)
-            return value
-        self.share(lambda: None)
-        return make()
+        """Call `make()` on all ranks, and return each rank's own result, of any type.
+
+        Rank 0 goes first, then the first process of every other machine, then all others. So what `make` leaves on a
+        disk is written once, be it that of one machine or one that several share.
+        """
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self._barrier()
+        value = make()
+        for _ in range(turn, 2):
+            self._barrier()
+        return value
 
     def claim(self, items: Sequence[T]) -> Iterator[T]:
         """Take items from a work queue that all ranks share: each item goes to the rank that asks first.
@@ -106,6 +111,11 @@ class Job:
         if self.rank == 0:
             return [json.loads(self._wait_for(f"{key}/{rank}")) for rank in range(self.world_size)]
         return None
+
+    def _barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(None)
+        self.share(lambda: None)
 
     def leave(self) -> None:
         """Wait until all ranks are ready to exit, then let rank 0 exit last.

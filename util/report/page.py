@@ -18,7 +18,15 @@ from util.report import figures, words
 from util.report.findings import Findings
 from util.report.table import LABELS, table_rows
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, PAPER_POLICY
-from util.reproduction.paper import GTR_TABLE, GTR_TABLE_SOURCE, LAZYMAR_PAPER, MAR_PAPER, OTHER_METHODS, TABLE_METHODS
+from util.reproduction.paper import (
+    GTR_TABLE,
+    GTR_TABLE_SOURCE,
+    LAZYMAR_PAPER,
+    MAR_PAPER,
+    OTHER_METHODS,
+    TABLE,
+    TABLE_METHODS,
+)
 from util.reproduction.results import Comparison, Costs, Row
 from util.runs.options import Options, check
 
@@ -205,7 +213,7 @@ def costs(findings: Findings) -> Iterator[ModelCosts]:
         methods = {name: record.result.costs[model] for name, record in findings.frontier.items()}
         if methods:
             dtype = "float32" if model == ABLATED_MODEL else "bfloat16"
-            title = model if model == ABLATED_MODEL else f"MAR-{words.MODEL_NAMES[model]}"
+            title = f"MAR-{words.MODEL_NAMES[model]}" if (model, "baseline") in TABLE else model
             yield ModelCosts(title, methods, DTYPES[dtype].itemsize)
 
 

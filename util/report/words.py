@@ -20,7 +20,7 @@ def network_name(method: str) -> str:
 
 def row_title(model: str, method: str) -> str:
     """A row's title: "LazyMAR-B" as in the paper, or "tiny, LazyMAR" for a model that the paper does not have."""
-    size = MODEL_NAMES[model]
+    size = MODEL_NAMES.get(model, model)
     return f"{network_name(method)}-{size}" if (model, method) in TABLE else f"{size}, {method}"
 
 

@@ -12,7 +12,7 @@ from util.reproduction.paper import TABLE_METHODS, name_in_table
 from util.reproduction.results import Costs
 from util.reproduction.study import Study, missing_file
 from util.reproduction.timing import Latency, time_sampling
-from util.runs.memory import memory_needed
+from util.runs.memory import check_memory, memory_needed, out_of_memory_explained
 from util.runs.options import CheckedOptions
 from util.weights.models import random_model
 
@@ -25,9 +25,9 @@ def print_costs(study: Study, device: torch.device, dtype: torch.dtype, processe
     for model in study.models:
         for name, method in TABLE_METHODS.items():
             options = study.options(model, method)
+            print(describe(options, name, dtype), flush=True)
             latency, batch_size = time_batch(options, device, dtype)
             seconds = latency.seconds / batch_size
-            print(describe(options, name, dtype), flush=True)
             print(
                 f"  time        {seconds:.3f} s per image, {duration(seconds * options.num_images)} for one process "
                 f"(a batch of {batch_size}, random weights, {latency.how}; without decoding and scoring)"
@@ -52,9 +52,14 @@ def print_costs(study: Study, device: torch.device, dtype: torch.dtype, processe
 
 
 def time_batch(options: CheckedOptions, device: torch.device, dtype: torch.dtype) -> tuple[Latency, int]:
-    """Time a batch with random weights, a small one on a CPU; returns its latency and its size."""
+    """Time a batch with random weights, a small one on a CPU; returns its latency and its size.
+
+    Raises InputError if it does not fit into memory.
+    """
     batch_size = options.eval_bsz if device.type == "cuda" else min(options.eval_bsz, 4)
-    return time_random_model(options, device, dtype, batch_size, ESTIMATE_SECONDS), batch_size
+    check_memory(options.meta_model, options.plan, batch_size, dtype, device)
+    with out_of_memory_explained(batch_size):
+        return time_random_model(options, device, dtype, batch_size, ESTIMATE_SECONDS), batch_size
 
 
 def time_random_model(

@@ -17,8 +17,9 @@ from models.lazymar.methods import name_of
 from util.errors import InputError
 from util.files import file_digest
 from util.reproduction.ablations import ABLATED_MODEL, ABLATIONS, choose_ablations, run_name
-from util.reproduction.paper import name_in_table
+from util.reproduction.paper import TABLE_METHODS, name_in_table
 from util.reproduction.results import Inputs
+from util.runs.folder import check_folder
 from util.runs.methods import with_steps
 from util.runs.options import CheckedOptions, Options, check
 from util.scoring.scores import FID_AND_IS, Metrics, load_extractor
@@ -67,6 +68,17 @@ class Study:
         return [
             (name, label, policy) for name, ablation in chosen.items() for label, policy in ablation.policies.items()
         ]
+
+    def check_folders(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise InputError if the folder of an evaluation holds a run that was begun with other settings."""
+        methods = {model: list(TABLE_METHODS.values()) for model in self.models}
+        if ABLATED_MODEL in methods:
+            methods[ABLATED_MODEL] += [Method(cache=policy) for *_, policy in self.settings()]
+            methods[ABLATED_MODEL] += self.method.values()
+        for model, of_model in methods.items():
+            for method in of_model:
+                options = self.options(model, method)
+                check_folder(options.output_dir, options.settings(device, dtype))
 
     def options(self, model: str, method: Method) -> CheckedOptions:
         """The options of the evaluation of a model with a method: of the table, of an ablation, or of the frontier.

@@ -236,7 +236,13 @@ def open_folder(
             with atomic_write(folder / "writable") as probe:
                 probe.write_bytes(b"?")
             (folder / "writable").unlink()
-        if overwrite and (launch_name() is None or f'"begun_by": "{launch_name()}"' not in _text(path / "run.json")):
+        if overwrite and launch_name() and f'"begun_by": "{launch_name()}"' in _text(path / "run.json"):
+            print(
+                f"note: {path} was begun by this launch of torchrun and goes on; for --overwrite by a new launch, give "
+                f"it another --rdzv_id than {launch_name()}",
+                flush=True,
+            )
+        elif overwrite:
             for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
                 for file in path.glob(pattern):
                     file.unlink()
@@ -262,6 +268,15 @@ def open_folder(
 def check_folder(path: Path, settings: dict) -> None:
     """Raise InputError if a folder, which need not be there, holds a run that was begun with other settings."""
     _check_settings(path, _read(path)[0], settings)
+
+
+def holds_other_run(path: Path, settings: dict) -> bool:
+    """True if `check_folder` refuses these settings."""
+    try:
+        check_folder(path, settings)
+    except InputError:
+        return True
+    return False
 
 
 def _check_settings(path: Path, there: dict, settings: dict) -> None:

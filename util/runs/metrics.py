@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from models.lazymar.flops import Flops
+from util.files import file_digest
 from util.runs.folder import Batch
 from util.runs.methods import in_words
-from util.runs.options import Options
+from util.runs.options import CheckedOptions
 from util.scoring.scores import KEYS, Extractor, Statistics, score
 
 
 def summarise(
-    batches: Sequence[Batch], options: Options, reference: Statistics | None, extractor: Extractor | None
+    batches: Sequence[Batch], options: CheckedOptions, reference: Statistics | None, extractor: Extractor | None
 ) -> tuple[dict[str, Any], str]:
     """Compute a run's metrics by name, as `metrics.json` holds them, and a table of them for a person.
 
@@ -45,6 +46,7 @@ def summarise(
         labels = [label for batch in batches for label in batch.labels]
         scores = score(features, logits, reference, options.metrics, dinov2, labels=labels, progress=True)
         metrics.update(scores.metrics(extractor.name), notes=scores.notes)
+        metrics["reference"] = {"path": str(options.statistics), "sha256": file_digest(options.statistics)}
         table.append(scores.table(extractor.name))
 
     # A process's first batches pay for what later ones find ready, so they count only where there are no others.

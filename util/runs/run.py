@@ -182,8 +182,7 @@ def open_run(job: Job, given: Options) -> Run:
     reference = None
     if options.score:
         reference = Statistics.load(options.statistics, FEATURES_DIMS[features], options.metrics)
-    weights = {options.model: options.resume, "the VAE": options.vae_path}
-    files = {what: find_weights(path, what) for what, path in weights.items()}
+    find_all_weights(options)
     check_memory(options.meta_model, options.plan, options.eval_bsz, dtype, device)
 
     with disk_faults_explained(options.output_dir):
@@ -192,7 +191,7 @@ def open_run(job: Job, given: Options) -> Run:
                 options.output_dir,
                 options.settings(device, dtype),
                 machine.describe(device),
-                digests=lambda: {f"sha256 of {what}": file_digest(file) for what, file in files.items()},
+                digests=lambda: weights_digests(options),
                 overwrite=options.overwrite,
             )
         )
@@ -216,6 +215,17 @@ def open_run(job: Job, given: Options) -> Run:
     if options.class_labels is None and options.num_images % options.meta_model.class_num:
         job.print0(f"note: {options.num_images:,} images are not a multiple of {options.meta_model.class_num} classes")
     return Run(job, options, device, dtype, settings, folder, unfinished, extractor, reference)
+
+
+def find_all_weights(options: CheckedOptions) -> dict[str, Path]:
+    """Find the files of a run's weights, by what they are of. Raises InputError if one is missing."""
+    paths = {options.model: options.resume, "the VAE": options.vae_path}
+    return {what: find_weights(path, what) for what, path in paths.items()}
+
+
+def weights_digests(options: CheckedOptions) -> dict[str, str]:
+    """Compute the settings of a run that take work: digests of its weights."""
+    return {f"sha256 of {what}": file_digest(file) for what, file in find_all_weights(options).items()}
 
 
 def run_folder(options: CheckedOptions, extractor: Extractor | None = None) -> RunFolder:

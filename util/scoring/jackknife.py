@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
@@ -20,17 +19,20 @@ class Spread(NamedTuple):
 
 
 def groups_of_images(labels: Sequence[int]) -> np.ndarray:
-    """Group number [N] of each image of a run, given the images' classes: those of each class take turns.
+    """Group number [N] of each image of a run, given the images' classes: those of one class take turns, then the next.
 
-    All groups have the same number of images of each class, up to one. Each image has a random seed of its own, so
-    groups of images are as independent as runs with different seeds.
+    All groups have the same number of images, and of images of each class, up to one. Each image has a random seed of
+    its own, so groups of images are as independent as runs with different seeds.
     """
-    seen: Counter[int] = Counter()
-    groups = []
-    for label in labels:
-        groups.append(seen[label] % GROUPS)
-        seen[label] += 1
-    return np.array(groups)
+    by_class = np.argsort(labels, kind="stable")
+    groups = np.empty(len(labels), int)
+    groups[by_class] = np.arange(len(labels)) % GROUPS
+    return groups
+
+
+def random_groups(num_images: int) -> np.ndarray:
+    """Group number [N] of each image of a set whose classes are not known, drawn with a fixed seed."""
+    return np.random.RandomState(0).permutation(num_images) % GROUPS
 
 
 def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarray) -> list[Spread]:

@@ -39,7 +39,7 @@ from util.cli import flag
 from util.errors import InputError, why_unreadable
 from util.files import atomic_write
 from util.scoring.classifier import FEATURE_EXTRACTOR_NAME, FEATURES_DIM, FashionFeatureExtractor
-from util.scoring.jackknife import GROUPS, groups_of_images, jackknife
+from util.scoring.jackknife import GROUPS, groups_of_images, jackknife, random_groups
 from util.weights.download import RemoteFile, download
 
 INCEPTION_SPLITS = DEFAULTS["isc_splits"]  # the Inception Score is the mean over this many parts of the images
@@ -419,7 +419,7 @@ def score(
         reference: statistics of the images to compare with, which must serve the `metrics`.
         metrics:   what else is computed; by default nothing.
         dinov2:    [N, 1024] DINOv2's features, if the `metrics` ask for FD-DINOv2.
-        labels:    the images' classes, if the `metrics` ask for standard errors; all of one if they have none.
+        labels:    the images' classes, for standard errors; None if they are not known.
         progress:  show the progress of precision and recall.
 
     Raises:
@@ -440,7 +440,7 @@ def score(
                 "high, and good for no comparison but with as many images."
             )
     scores = score_statistics(own, reference, metrics, logits=logits, notes=notes, progress=progress)
-    if metrics.standard_errors and labels is not None:
+    if metrics.standard_errors:
         return with_standard_errors(scores, features, logits, reference, metrics, dinov2, labels)
     return scores
 
@@ -452,13 +452,13 @@ def with_standard_errors(
     reference: Statistics,
     metrics: Metrics,
     dinov2: torch.Tensor | None,
-    labels: Sequence[int],
+    labels: Sequence[int] | None,
 ) -> Scores:
-    """Add standard errors to scores of images: the jackknife over ten groups, with all classes in each.
+    """Add standard errors to scores of images: the jackknife over ten groups.
 
     Args:
         scores: of all images, as `score` makes them of the arguments that follow.
-        labels: the images' classes; images without are all of one.
+        labels: the images' classes, which are spread evenly over the groups; None has the groups drawn at random.
     """
     of_parts = replace(metrics, standard_errors=False)
     names = [name for name in KEYS["inception"] if getattr(scores, name) is not None and not name.endswith("_std")]
@@ -473,7 +473,8 @@ def with_standard_errors(
             bar.update()
             return [getattr(part, name) for name in names]
 
-        measured = jackknife(measure, groups_of_images(labels))
+        groups = random_groups(len(features)) if labels is None else groups_of_images(labels)
+        measured = jackknife(measure, groups)
     return replace(scores, errors={name: spread.error for name, spread in zip(names, measured)})
 
 

@@ -48,7 +48,16 @@ def train_classifier(
         return F.cross_entropy(logits.float(), labels[chosen], label_smoothing=0.05)
 
     # The last weights and not their average, which would need the running statistics of its own batch norms.
-    fit(classifier, loss, folder=output_dir, steps=steps, lr=lr, weight_decay=0.05, device=device)
+    fit(
+        classifier,
+        loss,
+        folder=output_dir,
+        steps=steps,
+        lr=lr,
+        weight_decay=0.05,
+        settings={"--batch_size": batch_size, "--seed": seed},
+        device=device,
+    )
     weights = {
         name: value.bfloat16() if value.is_floating_point() else value
         for name, value in classifier.state_dict().items()

@@ -6,9 +6,9 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def fit(
     clip: float = 3.0,
     ema_decay: float = 0.999,
     first_seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     report: Callable[[int, Network], None] | None = None,
     steps_flag: str = "--steps",
     lr_flag: str = "--lr",
@@ -57,12 +58,14 @@ def fit(
         matrices:        prefixes of the names of parameters of which those with weight decay are trained by Muon; AdamW
                          trains all others.
         first_seed:      the seed of the first step. A CPU's generator uses the lowest 32 bits alone.
+        settings:        what else the training depends on, by flag; numbers and texts, which `training.pt` keeps.
         report:          called with the number of steps done and the average of the weights, every `REPORT_EVERY`
                          steps and after the last.
         steps_flag:      the flag that sets `steps`, for messages.
         lr_flag:         the flag that sets `lr`, for messages.
 
-    Raises InputError if the folder holds a run of another model, length or learning rate, or if the loss is not finite.
+    Raises InputError if the folder holds a run of another model, length or learning rate, or with other settings, or if
+    the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "training.pt"
@@ -73,14 +76,25 @@ def fit(
     start = 0
     if checkpoint.exists():
         rates = _peak_rates(optimizers)
-        planned, start = _restore(checkpoint, module, average, optimizers)
+        planned, start, began = _restore(checkpoint, module, average, optimizers)
         if planned != steps:
             raise InputError(f"{checkpoint} is of a run of {planned} steps: give {steps_flag} {planned} to continue")
         if _peak_rates(optimizers) != rates:
             raise InputError(f"{checkpoint} is of a run with another {lr_flag}: give the former one to continue")
+        others = [
+            f"{name} {began[name]} there, {value} now"
+            for name, value in (settings or {}).items()
+            if began.get(name, value) != value
+        ]
+        if others:
+            raise InputError(
+                f"{checkpoint} is of a run with other settings ({'; '.join(others)}): give those, or choose another "
+                f"--output_dir"
+            )
 
     def save(step: int) -> None:
         state = {"step": step, "steps": steps, "model": module.state_dict(), "model_ema": average.state_dict()}
+        state["settings"] = dict(settings or {})
         with atomic_write(checkpoint) as temporary:
             torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
 
@@ -160,8 +174,8 @@ def _peak_rates(optimizers: list[torch.optim.Optimizer]) -> list[float | None]:
 
 def _restore(
     checkpoint: Path, module: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> tuple[int, int]:
-    """Load a run's state from its checkpoint; return how many steps it was to take, and how many it has taken."""
+) -> tuple[int, int, dict[str, Any]]:
+    """Load a run's state from its checkpoint; return the steps it was to take, those it has taken, and its settings."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         kept = state["optimizers"] if "optimizers" in state else [state["optimizer"]]  # one, in runs begun with 0.2.0
@@ -171,7 +185,7 @@ def _restore(
             raise ValueError(f"it has {len(kept)} optimizers, not {len(optimizers)}")
         for optimizer, state_dict in zip(optimizers, kept):
             optimizer.load_state_dict(state_dict)
-        return state["steps"], state["step"]
+        return state["steps"], state["step"], state.get("settings", {})  # runs begun with 0.2.0 have none
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(
             f"{checkpoint} is not of this training ({why_unreadable(error)}): choose another --output_dir"

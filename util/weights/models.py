@@ -73,4 +73,5 @@ def _ready(model: MAR, vae: AutoencoderKL, dtype: torch.dtype) -> tuple[MAR, Aut
 def identify_model(shapes: Mapping[str, Sequence[int]]) -> str | None:
     """Name the preset that weights of these shapes are for, by the width of the class embedding; None if none is."""
     width = shapes.get("class_emb.weight", [0])[-1]
-    return next((name for name, preset in PRESETS.items() if preset.architecture["encoder_embed_dim"] == width), None)
+    widths = {name: preset.architecture.get("encoder_embed_dim") for name, preset in PRESETS.items()}
+    return next((name for name, of_preset in widths.items() if of_preset == width), None)
