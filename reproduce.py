@@ -46,7 +46,7 @@ from util.reproduction.study import ABLATION_IMAGES, Study, inputs_of, missing_f
 from util.runs.folder import holds_other_run
 from util.runs.methods import add_steps, in_words
 from util.runs.options import CheckedOptions, Options
-from util.runs.run import weights_digests
+from util.runs.run import find_all_weights, weights_digests
 from util.scoring.scores import Metrics
 from util.weights.models import load_model
 
@@ -101,7 +101,7 @@ class Reproduction:
         """The options of an evaluation, which overwrite nothing but a run of other settings or weights."""
 
         def is_other() -> bool:
-            settings = {**run.settings(self.device, self.dtype), **weights_digests(run)}
+            settings = {**run.settings(self.device, self.dtype), **weights_digests(find_all_weights(run))}
             return holds_other_run(run.output_dir, settings)
 
         return replace(run, overwrite=run.overwrite and self.job.share(is_other))

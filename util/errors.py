@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any, Callable
 
 
@@ -19,6 +20,15 @@ def why_unreadable(error: Exception) -> str:
     else:
         line = text.partition("\n")[0][:120] or "it ends too early"
     return f"{type(error).__name__}: {line}"
+
+
+def describe_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe, for a message, the settings that both name with different values."""
+    return [
+        f"{name} {there[name]} there, {value} now"
+        for name, value in now.items()
+        if name in there and there[name] != value
+    ]
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -210,7 +210,7 @@ class Order:
 
 
 def refresh_steps(order: Order, policy: CachePolicy) -> list[bool]:
-    """Return, for each step, whether it is a refresh.
+    """Return, for each step, whether it is a refresh, by a policy `of_run`.
 
     A stage predicts more tokens at once than the one before, and begins with a refresh. Just before it none is due,
     unless there are no lazy steps at that point of the run.
@@ -219,7 +219,8 @@ def refresh_steps(order: Order, policy: CachePolicy) -> list[bool]:
     def is_refresh(step: int) -> bool:
         if step in order.stage_starts or step < policy.start_step or policy.refresh_interval == 1:
             return True
-        return policy.is_refresh(step) and step + 1 not in order.stage_starts
+        is_due = (step - policy.start_step) % policy.refresh_interval == 0
+        return is_due and step + 1 not in order.stage_starts
 
     return [is_refresh(step) for step in range(order.num_iter)]
 

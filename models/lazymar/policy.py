@@ -73,10 +73,6 @@ class CachePolicy:
         in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
         check(in_order and in_range, "kept_fractions", "pairs step:fraction with rising steps from 0, fractions 0 to 1")
 
-    def is_refresh(self, step: int) -> bool:
-        """Return whether everything is computed at this step, by a policy `of_run`."""
-        return step == 0 or step < self.start_step or (step - self.start_step) % self.refresh_interval == 0
-
     def of_run(self, num_iter: int, has_stages: bool) -> CachePolicy:
         """Return the policy with start step and refresh interval in steps of a run of `num_iter` steps.
 

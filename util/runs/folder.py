@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.errors import InputError
+from util.errors import InputError, describe_differences
 from util.files import atomic_write
 from util.machine import launch_name
 from util.runs.images import encode_png
@@ -344,8 +344,4 @@ def _differences(there: dict, now: dict) -> list[str]:
     """Describe the settings that both name, or imply, with different values."""
     if there:
         there, now = {**IMPLIED, **there}, {**IMPLIED, **_flat(now)}
-    return [
-        f"{name} {there[name]} there, {value} now"
-        for name, value in now.items()
-        if name in there and there[name] != value
-    ]
+    return describe_differences(there, now)

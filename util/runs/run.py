@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -182,7 +182,7 @@ def open_run(job: Job, given: Options) -> Run:
     reference = None
     if options.score:
         reference = Statistics.load(options.statistics, FEATURES_DIMS[features], options.metrics)
-    find_all_weights(options)
+    weights = find_all_weights(options)
     check_memory(options.meta_model, options.plan, options.eval_bsz, dtype, device)
 
     with disk_faults_explained(options.output_dir):
@@ -191,7 +191,7 @@ def open_run(job: Job, given: Options) -> Run:
                 options.output_dir,
                 options.settings(device, dtype),
                 machine.describe(device),
-                digests=lambda: weights_digests(options),
+                digests=lambda: weights_digests(weights),
                 overwrite=options.overwrite,
             )
         )
@@ -223,9 +223,9 @@ def find_all_weights(options: CheckedOptions) -> dict[str, Path]:
     return {what: find_weights(path, what) for what, path in paths.items()}
 
 
-def weights_digests(options: CheckedOptions) -> dict[str, str]:
-    """Compute the settings of a run that take work: digests of its weights."""
-    return {f"sha256 of {what}": file_digest(file) for what, file in find_all_weights(options).items()}
+def weights_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """Compute the settings of a run that take work: digests of the files of its weights, by what they are of."""
+    return {f"sha256 of {what}": file_digest(file) for what, file in files.items()}
 
 
 def run_folder(options: CheckedOptions, extractor: Extractor | None = None) -> RunFolder:

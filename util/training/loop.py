@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.errors import InputError, why_unreadable
+from util.errors import InputError, describe_differences, why_unreadable
 from util.files import atomic_write
 from util.training.muon import Muon
 
@@ -81,12 +81,7 @@ def fit(
             raise InputError(f"{checkpoint} is of a run of {planned} steps: give {steps_flag} {planned} to continue")
         if _peak_rates(optimizers) != rates:
             raise InputError(f"{checkpoint} is of a run with another {lr_flag}: give the former one to continue")
-        others = [
-            f"{name} {began[name]} there, {value} now"
-            for name, value in (settings or {}).items()
-            if began.get(name, value) != value
-        ]
-        if others:
+        if others := describe_differences(began, settings or {}):
             raise InputError(
                 f"{checkpoint} is of a run with other settings ({'; '.join(others)}): give those, or choose another "
                 f"--output_dir"
