@@ -1,17 +1,17 @@
-"""MAR, its presets, and the caching sampler."""
+"""MAR, its presets, and sampling with LazyMAR and other methods."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from models.lazymar.flops import count_flops
-from models.lazymar.methods import METHODS, DetailedTokens, Method, find_method
 from models.lazymar.noise import ImageNoise
+from models.lazymar.plan import Plan, make_plan
 from models.lazymar.policy import CachePolicy
-from models.lazymar.sampler import Sampler, sample_tokens
-from models.lazymar.schedules import AnnealedSteps
+from models.lazymar.sampler import Sampler
+from models.lazymar.schedule import Schedule, mar_schedule
 from models.linear import pack_linear_layers
 from models.mar import MAR, cast_model
+from models.methods import METHODS, AnnealedSteps, DetailedTokens, Method, count_flops, find_method, sample_tokens
 from models.presets import PRESETS, Preset
 from models.vae import AutoencoderKL
 
@@ -25,12 +25,16 @@ __all__ = [
     "DetailedTokens",
     "ImageNoise",
     "Method",
+    "Plan",
     "Preset",
     "Sampler",
+    "Schedule",
     "cast_model",
     "count_flops",
     "create_model",
     "find_method",
+    "make_plan",
+    "mar_schedule",
     "pack_linear_layers",
     "sample_tokens",
 ]

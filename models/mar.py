@@ -18,7 +18,7 @@ from models.diffloss import DiffusionLoss
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; its queries, keys and values are computed apart from attending."""
+    """Multi-head attention. Projecting and attending are separate, so that a caller can cache keys and values."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -28,17 +28,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values [B, n, D] of rows [B, n, D]."""
-        return self.qkv(x).chunk(3, dim=-1)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries [B, n, D] of rows [B, n, D], and their keys and values side by side [B, n, 2D]."""
+        return self.split(self.qkv(x))
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Return rows [B, n, D] by head, [B, n, heads, head_dim]."""
-        return x.unflatten(-1, (self.num_heads, -1))
+    def split(self, projections: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the output [B, n, 3D] of `qkv` as `project` returns it."""
+        width = self.proj.in_features
+        return projections[..., :width], projections[..., width:]
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from `queries` [B, n, D] to `keys` and `values` [B, m, D]; return [B, n, D]."""
-        q, k, v = (self.split_heads(rows).transpose(1, 2) for rows in (queries, keys, values))
+    def forward(self, queries: Tensor, keys_values: Tensor) -> Tensor:
+        """Attend from `queries` [B, n, D] to the rows of `keys_values` [B, m, 2D]; return [B, n, D]."""
+        keys, values = keys_values.chunk(2, dim=-1)
+        q, k, v = (rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (queries, keys, values))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -52,13 +54,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
 
-    def finish(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the block's output for the rows `x` [B, n, D], from their queries and the rows to attend to."""
-        x = x + self.attn(queries, keys, values)
+    def finish(self, x: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
+        """Return the block's output for rows `x` [B, n, D], which attend to `keys_values` [B, m, 2D]."""
+        x = x + self.attn(queries, keys_values)
         return x + self.mlp(self.norm2(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(x, *self.attn.queries_keys_values(self.norm1(x)))
+        return self.finish(x, *self.attn.project(self.norm1(x)))
 
 
 class MAR(nn.Module):
@@ -74,8 +76,6 @@ class MAR(nn.Module):
 
     L = (img_size / vae_stride / patch_size)^2 tokens of `token_dim` = C * patch_size^2 numbers each.
     """
-
-    latent_scale = 0.2325  # latents are the VAE's times this, which gives KL-16's unit variance
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 import torch_fidelity
 from torch import nn
 
-from util.scoring.scores import INCEPTION_FILE
+from util.extractors import INCEPTION_FILE
 
 
 @pytest.fixture(scope="module")

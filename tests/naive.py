@@ -1,8 +1,7 @@
-"""MAR, LazyMAR and the other methods the slow way: by definition, one image and one half at a time, in raster order.
+"""MAR, LazyMAR and the other methods by definition: one image and one branch at a time, in raster order, in float64.
 
-Nothing here is shared with the sampler but the network's parameters: orders, attention, caches, schedules and denoising
-are written out again, in float64 and without any of the savings, so that the sampler has something to be compared with.
-Settings are read from the sampler's own declarations, whose methods are not used.
+The sampler is compared with this. It shares nothing with the sampler but the network's parameters and the declarations
+of settings: orders, attention, caches, schedules and denoising are written out again, without any optimization.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from models import MAR, AnnealedSteps, CachePolicy, DetailedTokens
 Steps = list[list[int]]  # of each step, the token positions it predicts, ascending
 
 
-def in_random_order(order: list[int], num_iter: int) -> Steps:
-    """MAR's steps: from the end of the order on, ever more tokens at once."""
+def in_random_order(order: list[int], num_iter: int, tokens_per_step: list[int] | None = None) -> Steps:
+    """MAR's steps: from the end of the order on, ever more tokens at once; or as many as are listed."""
     steps, masked = [], len(order)
-    for step in range(num_iter):
+    for step in range(len(tokens_per_step) if tokens_per_step else num_iter):
         left = math.floor(len(order) * math.cos(math.pi / 2 * (step + 1) / num_iter))
         left = 0 if step == num_iter - 1 else max(1, min(masked - 1, left))
+        left = masked - tokens_per_step[step] if tokens_per_step else left
         steps.append(sorted(order[left:masked]))
         masked = left
     return steps
@@ -83,6 +83,8 @@ def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> 
 
     A start step below 1 is a fraction of all steps. Alternation stays alternation, however few the steps are.
     """
+    if policy.refresh_steps is not None:
+        return step == 0 or step in policy.refresh_steps
     start, interval = policy.start_step, policy.refresh_interval
     if 0 < start < 1:
         start = next(count for count in range(sum(stage_steps) + 1) if count / sum(stage_steps) >= start)
@@ -97,7 +99,7 @@ def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> 
 
 
 def kept_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_predicted: int) -> int:
-    """How many rows go on below the prune layer; `num_predicted` are those of this step and of the one before."""
+    """How many rows are recomputed after the prune layer; `num_predicted` are those of this step and the one before."""
     progress = step * 64 // num_iter
     fraction = [value for start, value in policy.kept_fractions if start <= progress][-1]
     return min(num_rows, max(num_predicted + policy.min_margin, int(num_rows * fraction)))
@@ -294,8 +296,10 @@ def denoise(
         refresh, warm, skipped = True, False, ()
         if policy is not None and policy.head_cache:
             interval = policy.head_refresh_interval
-            if schedule.is_annealed:  # the interval is that of 100 steps
+            if schedule.is_annealed and interval >= 1:  # the interval is that of 100 steps
                 interval = -(-interval * num_steps // 100)
+            if interval < 1:
+                interval = math.ceil(interval * num_steps - 1e-6)
             refresh = i == num_steps - 1 or i % interval == 0
             warm = i > policy.head_warmup * num_steps
             skipped = policy.head_skipped_blocks
@@ -338,7 +342,7 @@ def sample_tokens(
     class_labels: torch.Tensor,
     *,
     num_iter: int | tuple[int, ...],
-    cfg: float,
+    cfg: float | list[float],
     cfg_schedule: str,
     temperature: float,
     num_sampling_steps: int | AnnealedSteps,
@@ -347,6 +351,8 @@ def sample_tokens(
     num_stages: int = 1,
     detailed_tokens: DetailedTokens | None = None,
     unguided_below: float = 1.0,
+    lazy_sampling_steps: int | None = None,
+    tokens_per_step: list[int] | None = None,
 ) -> torch.Tensor:
     """What `models.sample_tokens` computes, for a float64 model on the CPU.
 
@@ -362,9 +368,10 @@ def sample_tokens(
     stage_starts = [sum(stage_steps[:stage]) for stage in range(num_stages)]
     steps: list[Steps] = []
     for order in noise.orders.tolist():
-        steps.append(in_random_order(order, stage_steps[0]) if num_stages == 1 else by_stages(order, stage_steps))
-    num_iter = sum(stage_steps)
-    ranking = [rankings(of_image, seq_len, num_rows, seq_len) for of_image in steps]
+        in_one_stage = in_random_order(order, stage_steps[0], tokens_per_step)
+        steps.append(in_one_stage if num_stages == 1 else by_stages(order, stage_steps))
+    num_iter = len(steps[0])
+    ranking = [rankings(of_image, num_iter, num_rows, seq_len) for of_image in steps]
 
     annealing = isinstance(num_sampling_steps, AnnealedSteps)
     first_timestep = 950 if annealing else 999
@@ -395,10 +402,12 @@ def sample_tokens(
 
         num_predicted = len(steps[0][step])
         masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
-        scale = guidance(cfg, cfg_schedule, masked_after, seq_len, unguided_below)
+        scale = cfg[step] if isinstance(cfg, list) else cfg
+        if not isinstance(cfg, list):
+            scale = guidance(cfg, cfg_schedule, masked_after, seq_len, unguided_below)
         count = annealed(num_sampling_steps, step, num_iter, stage_starts[-1])
-        if not refresh and cache.lazy_sampling_steps is not None:
-            count = min(count, cache.lazy_sampling_steps)
+        if not refresh and lazy_sampling_steps is not None:
+            count = min(count, lazy_sampling_steps)
         drawn = noise.draw(step, num_predicted).double()
         for image in range(batch):
             chosen = []

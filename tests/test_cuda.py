@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_methods import GUIDANCE, short_settings
-from test_sampling import FIELDS, LABELS, SETTINGS, perturb, random_model, relative_error
+from test_methods import short_settings
+from tools import FIELDS, GUIDANCE, LABELS, SETTINGS, make_sampler, perturb, random_model, relative_error
 from torch import Tensor
 
-from models import CachePolicy, ImageNoise, Sampler, cast_model, create_model, sample_tokens
+from models import CachePolicy, ImageNoise, cast_model, create_model, sample_tokens
 from models.diffloss import timestep_sinusoids
-from models.lazymar.runtime import CudaCapture
+from models.lazymar.graphs import CudaCapture
 from util.job.progress import StepProgress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,13 +41,13 @@ def test_float64_latents_are_those_of_the_cpu(settings: dict) -> None:
 def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtype, settings: dict) -> None:
     torch.manual_seed(0)
     model = cast_model(perturb(create_model("mar_base", **FIELDS), 0.02), dtype).cuda()
-    sampler = Sampler(model, **settings)
+    sampler = make_sampler(model, **settings)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     for seed, size in enumerate([2, 2, 2, 2, 3, 2, 2, 2]):
         labels, noise = LABELS.roll(seed)[:size], noise_for(model, seed, size)
         expected = sample_tokens(model, labels, **settings, noise=noise)
         result = sampler(labels, noise)
-        assert sampler.capture.func is CudaCapture  # it did not give up
+        assert sampler.make_capture.func is CudaCapture  # it did not give up
         assert relative_error(result.double(), expected.double()) < tolerance
 
 
@@ -55,7 +55,7 @@ def test_replayed_graphs_give_the_latents_of_the_plain_sampler(dtype: torch.dtyp
 @pytest.mark.parametrize("batches_before", [0, 2], ids=["as it stands", "replayed"])
 def test_the_loop_never_waits_for_the_device(batches_before: int, settings: dict) -> None:
     model = random_model().cuda()
-    sampler = Sampler(model, **settings)
+    sampler = make_sampler(model, **settings)
     for _ in range(batches_before):
         sampler(LABELS, noise_for(model, 0, 3))
     latents = torch.empty(3, model.vae_embed_dim, 8, 8, dtype=torch.float64, device="cuda")
@@ -82,7 +82,7 @@ def test_noise_on_a_gpu_depends_on_the_image_alone() -> None:
 def test_steps_count_once_the_device_has_done_them() -> None:
     model = random_model().cuda()
     steps = StepProgress(3, [1] * SETTINGS["num_iter"], torch.device("cuda"))
-    sampler = Sampler(model, **SETTINGS)
+    sampler = make_sampler(model, **SETTINGS)
     for seed in range(3):  # eager, captured, replayed
         sampler(LABELS, noise_for(model, seed, 3), steps)
         torch.cuda.synchronize()

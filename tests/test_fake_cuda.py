@@ -13,10 +13,21 @@ import torch_fidelity
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from models import MAR, AnnealedSteps, AutoencoderKL, CachePolicy, DetailedTokens, Sampler, cast_model, create_model
-from util.runs.images import decode, map_images, to_uint8
-from util.scoring.scores import Extractor
-from util.weights import checkpoint, models
+from tools import make_sampler
+
+from models import (
+    MAR,
+    PRESETS,
+    AnnealedSteps,
+    AutoencoderKL,
+    CachePolicy,
+    DetailedTokens,
+    cast_model,
+    create_model,
+    weights,
+)
+from util.extractors import Extractor
+from util.images import decode, map_images, to_uint8
 
 GPU = torch.device("cuda", 0)
 BATCH, STEPS = 128, 8
@@ -45,14 +56,14 @@ def no_values() -> Iterator[FakeTensorMode]:
 @pytest.fixture
 def files_without_values(no_values, monkeypatch) -> None:
     """Weights files are read for their names, shapes and dtypes."""
-    read = checkpoint._read
+    read = weights._read
 
     def read_shapes(path) -> dict[str, Tensor]:
         with unset_fake_temporarily():
             content = read(path)
         return {name: no_values.from_tensor(value) for name, value in content.items()}
 
-    monkeypatch.setattr(checkpoint, "_read", read_shapes)
+    monkeypatch.setattr(weights, "_read", read_shapes)
 
 
 class NoiseWithoutValues:
@@ -103,7 +114,8 @@ def test_the_whole_loop_of_mar_huge(no_values, name: str) -> None:
     with GPU:
         latents, labels = torch.empty(BATCH, 16, 16, 16), torch.empty(BATCH, dtype=torch.long)
     noise = NoiseWithoutValues(model, denoising_steps)
-    sampler = Sampler(model, name, cuda_graphs=False, **settings)
+    sampler = make_sampler(model, name, **settings)
+    sampler.make_capture = None
     with torch.inference_mode():  # `steps` asks whether the labels are in range, which takes their values
         for sampled in sampler._steps(labels, noise, latents):
             assert sampled.conditions.device == sampled.tokens.device == GPU
@@ -113,7 +125,7 @@ def test_the_whole_loop_of_mar_huge(no_values, name: str) -> None:
 
 def test_decoding(no_values) -> None:
     vae, latents = on_gpu(AutoencoderKL, torch.bfloat16), torch.empty(BATCH, 16, 16, 16, device=GPU)
-    images = decode(vae, latents / MAR.latent_scale)
+    images = decode(vae, latents / PRESETS["mar_huge"].latent_scale)
     assert (images.shape, images.dtype, images.device) == ((BATCH, 3, 256, 256), torch.float32, GPU)
     pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()
     assert (pixels.shape, pixels.dtype, pixels.device.type) == ((BATCH, 256, 256, 3), torch.uint8, "cpu")
@@ -136,8 +148,8 @@ def test_inceptions_features(no_values, tmp_path, monkeypatch) -> None:
 
 
 def test_the_loaded_models_are_on_the_gpu(files_without_values, monkeypatch) -> None:
-    monkeypatch.setattr(models, "for_inference", lambda vae, dtype: vae)  # `Module.to` cannot convert such tensors
-    model, vae = models.load_model("mar_tiny", GPU, torch.bfloat16)
+    monkeypatch.setattr(weights, "for_inference", lambda vae, dtype: vae)  # `Module.to` cannot convert such tensors
+    model, vae = weights.load_model("mar_tiny", GPU, torch.bfloat16)
     assert {parameter.device for network in (model, vae) for parameter in network.parameters()} == {GPU}
     assert model.encoder_blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     assert model.diffloss.net.input_proj.weight.dtype == torch.float32

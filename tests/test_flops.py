@@ -1,4 +1,4 @@
-"""The FLOP counter agrees with PyTorch's, and with the cost that the method should have."""
+"""The formula for FLOPs agrees with PyTorch's counter, and with the cost that the method should have."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RUNS = {
     "lazy by stages with late guidance": (3.0, {**STAGES, "cache": LAZY, "unguided_below": 1.6}),
     "shorter chains at lazy steps": (
         3.0,
-        {"cache": replace(METHODS["recap"].cache, start_step=2, lazy_sampling_steps=6)},
+        {"cache": replace(METHODS["recap"].cache, start_step=2), "lazy_sampling_steps": 6},
     ),
 }
 

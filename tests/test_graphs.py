@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from test_methods import GUIDANCE, SMALL, short_settings
-from test_sampling import LABELS, MODEL, SETTINGS
+from test_methods import short_settings
+from tools import GUIDANCE, LABELS, MODEL, SETTINGS, SMALL, make_sampler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import MAR, CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
-from models.lazymar.plan import HeadPlan, Step
 from models.lazymar.transformer import Transformer
 
 POLICIES = {
@@ -76,9 +75,9 @@ class OperationCapture:
 
 
 def capturing_sampler(capture: type[OperationCapture], model: MAR = MODEL, **settings) -> Sampler:
-    sampler = Sampler(model, **settings)
-    assert sampler.capture is None  # on a CPU
-    sampler.capture = capture
+    sampler = make_sampler(model, **settings)
+    assert sampler.make_capture is None  # on a CPU
+    sampler.make_capture = capture
     return sampler
 
 
@@ -97,7 +96,7 @@ def test_replayed_batches_are_those_of_the_eager_sampler(cfg: float, policy: Cac
         labels, noise = batch(seed, size)
         expected = sample_tokens(MODEL, labels, **settings, noise=noise)
         torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
-    assert sampler.capture is OperationCapture, "it has given up, and shows nothing"
+    assert sampler.make_capture is OperationCapture, "it has given up, and shows nothing"
 
 
 # Chains that grow shorter, some of them shared by several steps; tokens with a chain of their own; a mix of branches.
@@ -118,14 +117,9 @@ def test_replayed_batches_of_other_methods(name: str) -> None:
         labels, noise = batch(seed, size, SMALL)
         expected = sample_tokens(SMALL, labels, **settings, noise=noise)
         torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
-    assert sampler.capture is OperationCapture
-    heads = {(count, head) for step in sampler.plan for count, head in _calls_of_the_head(step)}
-    assert sampler.state._execute_head._captured.keys() == heads
-
-
-def _calls_of_the_head(step: Step) -> list[tuple[int, HeadPlan]]:
-    calls = (step.num_tokens - step.num_detailed, step.head), (step.num_detailed, step.detailed_head)
-    return [(count, head) for count, head in calls if count]
+    assert sampler.make_capture is OperationCapture
+    heads = {(count, head) for step in sampler.plan for head, count in step.chains}
+    assert sampler.state._execute_head.captured.keys() == heads
 
 
 def test_only_the_second_batch_of_a_size_is_captured() -> None:
@@ -144,14 +138,14 @@ def test_a_warm_sampler_has_captured_everything() -> None:
     sampler.warm_up(2)
     assert sampler.is_warm(2) and not sampler.is_warm(1)
     OperationCapture.made = 0
-    graphs = len(sampler.state._execute_step._captured), len(sampler.state._execute_head._captured)
+    graphs = len(sampler.state._execute_step.captured), len(sampler.state._execute_head.captured)
     sampler(*batch(0, 2))
     assert graphs[0] == SETTINGS["num_iter"] and OperationCapture.made == 0
-    assert graphs == (len(sampler.state._execute_step._captured), len(sampler.state._execute_head._captured))
+    assert graphs == (len(sampler.state._execute_step.captured), len(sampler.state._execute_head.captured))
 
 
 def test_on_a_cpu_one_step_warms_up() -> None:
-    sampler, steps = Sampler(MODEL, **SETTINGS), []
+    sampler, steps = make_sampler(MODEL, **SETTINGS), []
     assert not sampler.is_warm(2)
     sampler.warm_up(2)
     assert sampler.is_warm(2) and not sampler.is_warm(1)
@@ -175,7 +169,7 @@ def test_where_capturing_fails_the_images_are_made_all_the_same() -> None:
         latents = sampler(labels, noise)
     expected = sample_tokens(MODEL, labels, **SETTINGS, cache=CachePolicy(), noise=noise)
     torch.testing.assert_close(latents, expected, rtol=0, atol=0)
-    assert sampler.capture is None
+    assert sampler.make_capture is None
 
 
 @pytest.fixture
@@ -236,6 +230,6 @@ def test_the_loop_never_waits_for_a_value(name: str) -> None:
         model = create_model("mar_tiny")
         latents = torch.empty(2, model.vae_embed_dim, 16, 16)
     settings = SETTINGS if name in ("mar", "lazymar") else short_settings(name)
-    sampler = Sampler(model, name, **settings)
+    sampler = make_sampler(model, name, **settings)
     steps = list(sampler.steps(LABELS[:2], NoNoise(model), latents))
     assert len(steps) == len(sampler.plan)

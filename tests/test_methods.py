@@ -8,7 +8,7 @@ from dataclasses import replace
 import naive
 import pytest
 import torch
-from test_sampling import LABELS, MODEL, random_model, relative_error
+from tools import GUIDANCE, LABELS, MODEL, SMALL, make_sampler, random_model, relative_error
 from torch import Tensor
 
 from models import (
@@ -19,16 +19,12 @@ from models import (
     DetailedTokens,
     ImageNoise,
     Method,
-    Sampler,
     find_method,
+    create_model,
     sample_tokens,
 )
-from models.lazymar.methods import name_of
-from models.lazymar.plan import DenoisingStep, Plan, make_plan
-from models.lazymar.schedules import chain_timesteps
+from models.lazymar.plan import DenoisingStep, Plan
 
-SMALL = random_model(patch_size=2)  # 16 tokens
-GUIDANCE = {"cfg": 2.5, "cfg_schedule": "linear", "temperature": 0.9}
 # What fits a run of 9 or 10 steps, in place of what the methods have for 64 or 32.
 SHORT = {
     "mar": {"num_iter": 9, "num_sampling_steps": 9},
@@ -40,7 +36,7 @@ SHORT = {
         "num_sampling_steps": AnnealedSteps(12, 5, "generation"),
         "detailed_tokens": DetailedTokens(0.2, 9),
     },
-    "recap": {"cache": replace(METHODS["recap"].cache, lazy_sampling_steps=6)},
+    "recap": {"cache": METHODS["recap"].cache, "lazy_sampling_steps": 6},
     "lateguidance": {"unguided_below": 1.4},
 }
 SHORT["fast"] = SHORT["gtr"] | {"unguided_below": 1.4, "cache": CachePolicy(start_step=2, refresh_interval=4)}
@@ -67,7 +63,7 @@ def sample_short(name: str, noise: ImageNoise, **changes) -> Tensor:
 
 def assert_equal_to_naive(name: str, batch: int = 1, model: MAR = MODEL, **changes) -> None:
     settings = {**GUIDANCE, **short_settings(name), **changes}
-    sampler = Sampler(model, name, **settings)
+    sampler = make_sampler(model, name, **settings)
     noise = sampler.noise(5, range(batch))
     result = sampler(LABELS[:batch], noise)
     expected = naive.sample_tokens(model, LABELS[:batch], **settings, noise=noise)
@@ -134,13 +130,10 @@ def test_stages_and_detailed_tokens(changes: dict) -> None:
 
 UNGUIDED_CACHES = [
     # Both branches of the token cache have to be there at the first guided step, which may be a lazy one.
-    {"condition_cache": False},
     {"condition_cache": False, "selection": "random"},
     {"condition_cache": False, "prune_layer": 1, "min_margin": 0, "kept_fractions": ((0, 0.0),)},
     {"token_cache": False},
-    {"head_cache": False},
     {"token_cache": False, "condition_cache": False},
-    {"token_cache": False, "condition_cache": False, "head_cache": False},
     {"selection": "random"},
 ]
 
@@ -167,8 +160,9 @@ def test_the_head_cache_on_chains_of_any_length(num_sampling_steps: int | Anneal
 @pytest.mark.parametrize("most", [2, 5, 100])
 @pytest.mark.parametrize("num_sampling_steps", [7, AnnealedSteps(9, 3)], ids=str)
 def test_shorter_chains_at_lazy_steps(num_sampling_steps: int | AnnealedSteps, most: int) -> None:
-    policy = CachePolicy(start_step=2, refresh_interval=4, lazy_sampling_steps=most)
-    assert_equal_to_naive("lazymar", model=SMALL, cache=policy, num_sampling_steps=num_sampling_steps)
+    policy = CachePolicy(start_step=2, refresh_interval=4)
+    settings = {"cache": policy, "num_sampling_steps": num_sampling_steps, "lazy_sampling_steps": most}
+    assert_equal_to_naive("lazymar", model=SMALL, **settings)
 
 
 # Comparisons that mistakes do not survive
@@ -183,10 +177,10 @@ MISTAKES = [
     ("gtr", {"detailed_tokens": None}),
     ("gtr", {"detailed_tokens": DetailedTokens(0.3, 9)}),
     ("gtr", {"detailed_tokens": DetailedTokens(0.2, 10)}),
-    ("recap", {"cache": replace(SHORT["recap"]["cache"], lazy_sampling_steps=7)}),
-    ("recap", {"cache": replace(SHORT["recap"]["cache"], min_margin=1)}),
-    ("recap", {"cache": replace(SHORT["recap"]["cache"], prune_layer=1)}),
-    ("recap", {"cache": replace(SHORT["recap"]["cache"], start_step=6)}),
+    ("recap", {"lazy_sampling_steps": 7}),
+    ("recap", {"cache": replace(METHODS["recap"].cache, min_margin=1)}),
+    ("recap", {"cache": replace(METHODS["recap"].cache, prune_layer=1)}),
+    ("recap", {"cache": replace(METHODS["recap"].cache, start_step=6)}),
     ("lateguidance", {"unguided_below": 1.2}),
 ]
 
@@ -200,7 +194,7 @@ def test_mistakes_in_the_settings_are_seen(name: str, changes: dict) -> None:
 def test_chains_from_the_last_timestep_would_be_seen(monkeypatch) -> None:
     noise = ImageNoise(MODEL, 5, [0], 13)
     expected = sample_short("disa", noise)
-    monkeypatch.setattr("models.lazymar.methods.ANNEALED_FIRST_TIMESTEP", 999)
+    monkeypatch.setattr("models.methods.ANNEALED_FIRST_TIMESTEP", 999)
     assert relative_error(sample_short("disa", noise), expected) > 1e-7
 
 
@@ -210,7 +204,7 @@ def test_chains_from_the_last_timestep_would_be_seen(monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["disa", "lazymar+gtr", "disa+recap+lateguidance"])
 def test_images_do_not_depend_on_their_batch(name: str) -> None:
     indices = [40, 7, 19]
-    sampler = Sampler(MODEL, name, **GUIDANCE, **short_settings(name))
+    sampler = make_sampler(MODEL, name, **GUIDANCE, **short_settings(name))
 
     def sample(places: list[int]) -> Tensor:
         return sampler(LABELS[places], sampler.noise(3, [indices[place] for place in places]))
@@ -221,7 +215,7 @@ def test_images_do_not_depend_on_their_batch(name: str) -> None:
 
 
 def test_orders_by_stages_depend_on_the_seed_alone() -> None:
-    sampler = Sampler(MODEL, "gtr", **short_settings("gtr"))
+    sampler = make_sampler(MODEL, "gtr", **short_settings("gtr"))
 
     def positions(indices: list[int]) -> list[list[int]]:
         next(sampler.steps(LABELS[: len(indices)], sampler.noise(3, indices), sampler.empty_latents(len(indices))))
@@ -247,14 +241,14 @@ class MoreDraws:
 
 @pytest.mark.parametrize("name", ["mar", "disa", "lazymar+gtr", "recap", "fast"])
 def test_draws_that_no_step_needs_are_left(name: str) -> None:
-    sampler = Sampler(MODEL, name, **GUIDANCE, **short_settings(name))
+    sampler = make_sampler(MODEL, name, **GUIDANCE, **short_settings(name))
     noise = sampler.noise(3, range(2))
     assert torch.equal(sampler(LABELS[:2], noise), sampler(LABELS[:2], MoreDraws(noise)))
 
 
 @pytest.mark.parametrize("name", ["mar", "disa", "gtr"])
 def test_too_few_draws_are_refused(name: str) -> None:
-    sampler = Sampler(MODEL, name, **GUIDANCE, **short_settings(name))
+    sampler = make_sampler(MODEL, name, **GUIDANCE, **short_settings(name))
     with pytest.raises(ValueError, match=r"noise\.draw"):
         sampler(LABELS, ImageNoise(MODEL, 0, range(3), sampler.num_draws - 2))
 
@@ -263,11 +257,14 @@ def test_too_few_draws_are_refused(name: str) -> None:
 
 
 def plan_of(name: str, **settings) -> Plan:
-    return make_plan(256, 64, find_method(name).replaced(**settings), cfg=3.25)
+    with torch.device("meta"):
+        model = create_model("mar_base")
+    return find_method(name).replaced(**settings).plan(model, cfg=3.25)
 
 
-def denoising_steps(plan: Plan) -> list[int]:
-    return [len(step.head.steps) for step in plan]
+def lengths(plan: Plan) -> list[int]:
+    """The denoising steps of the last chain of each step, which takes all tokens but the detailed ones."""
+    return [len(step.chains[-1][0].steps) for step in plan]
 
 
 def test_disa_takes_the_denoising_steps_of_its_paper() -> None:
@@ -275,65 +272,53 @@ def test_disa_takes_the_denoising_steps_of_its_paper() -> None:
     asked = [METHODS["disa"].num_sampling_steps.at(step, 64, 0) for step in range(64)]
     assert (asked[0], asked[-1], sum(asked)) == (50, 5, 1733)
     assert sum(steps * step.num_tokens for steps, step in zip(asked, plan)) == 5372
-    # Those that collapse at timestep 950 are not computed.
-    taken = denoising_steps(plan)
+    taken = lengths(plan)  # without the duplicates at timestep 950
     assert (taken[0], taken[-1], sum(taken)) == (48, 5, 1681)
     assert sum(steps * step.num_tokens for steps, step in zip(taken, plan)) == 5246
-    assert all(step.head.timesteps[0] == 950 and step.head.timesteps[-1] == 0 for step in plan)
-
-
-def test_chains_collapse_at_timestep_950() -> None:
-    assert [len(chain_timesteps(steps, 950)) for steps in (50, 40, 5, 2, 1000)] == [48, 39, 5, 2, 951]
-    assert chain_timesteps(5, 950) == (950, 749, 500, 250, 0)
-    assert chain_timesteps(5) == (999, 749, 500, 250, 0)
+    assert all((head.timesteps[0], head.timesteps[-1]) == (950, 0) for head in plan.heads)
+    assert plan.heads[-1].timesteps == (950, 749, 500, 250, 0)
+    assert plan_of("mar", num_sampling_steps=5).heads[0].timesteps == (999, 749, 500, 250, 0)
 
 
 def test_gtr_takes_the_steps_of_its_paper() -> None:
     plan = plan_of("gtr")
-    by_stage = [[step for step in plan if step.stage == stage] for stage in range(3)]
-    assert [plan.stages.count(stage) for stage in range(3)] == [64, 64, 128]
-    assert [sum(step.num_tokens for step in steps) for steps in by_stage] == [64, 64, 128]
-    assert [len(steps) for steps in by_stage] == [24, 6, 2] and len(plan) == 32
-    assert [{step.num_tokens for step in steps} for steps in by_stage] == [{2, 3}, {10, 11}, {64}]
-    assert [plan.stages[position] for position in (0, 1, 2, 3, 16, 17, 18, 34)] == [0, 2, 1, 2, 2, 1, 2, 0]
-    method = METHODS["gtr"]
-    asked = method.denoising_steps(32, 30)
+    stages, counts = plan.schedule.stages, [step.num_tokens for step in plan]
+    assert [stages.count(stage) for stage in range(3)] == [64, 64, 128] and len(plan) == 32
+    assert [sum(counts[:24]), sum(counts[24:30]), sum(counts[30:])] == [64, 64, 128]
+    assert [set(counts[:24]), set(counts[24:30]), set(counts[30:])] == [{2, 3}, {10, 11}, {64}]
+    assert [stages[position] for position in (0, 1, 2, 3, 16, 17, 18, 34)] == [0, 2, 1, 2, 2, 1, 2, 0]
+    asked = [METHODS["gtr"].num_sampling_steps.at(step, 32, 30) for step in range(32)]
     assert (asked[0], asked[29:], asked == sorted(asked, reverse=True)) == (50, [20, 20, 20], True)
-    assert [step.num_detailed for step in plan] == [0] * 30 + [6, 6]
-    assert all(len(step.detailed_head.steps) == len(chain_timesteps(50, 950)) for step in by_stage[2])
+    detailed = [[(len(head.steps), count) for head, count in step.chains] for step in plan if len(step.chains) > 1]
+    assert detailed == [[(48, 6), (20, 58)]] * 2 and len(plan.steps[-2].chains) == 2
 
 
-def test_the_cache_is_refreshed_where_a_stage_begins() -> None:
-    kinds = [step.refresh for step in plan_of("lazymar+gtr")]  # the paper's start step 5 and interval 9, of 64 steps
-    assert [index for index, refresh in enumerate(kinds) if refresh] == [0, 1, 2, 3, 8, 13, 18, 24, 28, 30]
+def test_a_stage_begins_with_a_refresh_step() -> None:
+    refreshes = [step.index for step in plan_of("lazymar+gtr") if step.refresh]
+    assert refreshes == [0, 1, 2, 3, 8, 13, 18, 24, 28, 30]  # the paper's start step 5 and interval 9, of 64 steps
 
 
 def test_the_heads_refresh_interval_shortens_with_annealed_chains() -> None:
-    for step in plan_of("lazymar+disa"):
-        length = len(step.head.steps)
-        refreshes = [index for index in range(length) if step.head.steps[length - 1 - index] is DenoisingStep.REFRESH]
-        interval = math.ceil(0.07 * length)
-        assert refreshes == sorted({*range(0, length, interval), length - 1})
-    assert {step.head.steps.count(DenoisingStep.REFRESH) for step in plan_of("lazymar")} == {16}
+    for head in plan_of("lazymar+disa").heads:
+        length = len(head.steps)
+        full = [index for index in range(length) if head.steps[length - 1 - index] is DenoisingStep.FULL]
+        assert full == sorted({*range(0, length, math.ceil(0.07 * length)), length - 1})
+    assert {head.steps.count(DenoisingStep.FULL) for head in plan_of("lazymar").heads} == {16}
 
 
 def test_recap_alternates_in_the_second_half() -> None:
     plan = plan_of("recap")
     assert [step.index for step in plan if not step.refresh] == list(range(33, 64, 2))
-    for step in plan:
+    for step, length in zip(plan, lengths(plan)):
         group = 320 if step.refresh else step.stop - step.previous
-        assert (step.num_kept, step.num_branches, len(step.head.steps)) == (group, 2, 100 if step.refresh else 40)
+        assert (step.num_kept, step.num_branches, length) == (group, 2, 100 if step.refresh else 40)
+    assert [step.index for step in plan_of("recap+gtr") if not step.refresh] == [17, 19, 21, 23, 25, 27, 29, 31]
 
 
 @pytest.mark.parametrize("num_iter", [36, 48, 63, 128])  # of the paper, but for the odd one
 def test_recap_alternates_in_the_second_half_of_any_number_of_steps(num_iter: int) -> None:
     lazy = [step.index for step in plan_of("recap", num_iter=num_iter) if not step.refresh]
     assert lazy == list(range(math.ceil(num_iter / 2) + 1, num_iter, 2))
-
-
-def test_recap_alternates_in_stages() -> None:
-    lazy = [step.index for step in plan_of("recap+gtr") if not step.refresh]
-    assert lazy == [17, 19, 21, 23, 25, 27, 29, 31]  # stages begin at 24 and 30
 
 
 @pytest.mark.parametrize("fields", [{"refresh_interval": 1}, {"start_step": 64}, {"start_step": 1000}], ids=str)
@@ -344,8 +329,8 @@ def test_policies_without_lazy_steps_have_none_before_a_stage(fields: dict) -> N
 
 def test_detailed_tokens_take_no_fewer_steps_than_the_others() -> None:
     plan = plan_of("gtr", num_sampling_steps=100)
-    assert {len(head.steps) for step in plan for head, _ in step.chains} == {100}
-    assert {step.num_detailed for step in plan if step.stage == 2} == {6}
+    assert {len(head.steps) for head in plan.heads} == {100}
+    assert [count for _, count in plan.steps[-1].chains] == [6, 58]
 
 
 def test_late_guidance_leaves_out_the_first_steps() -> None:
@@ -354,10 +339,7 @@ def test_late_guidance_leaves_out_the_first_steps() -> None:
     assert 8 < sum(scale < 1.1 for scale in scales) < 16
     for step, scale in zip(plan, scales):
         expected = (1, 1, 1.0) if scale < 1.1 else (2, 2, scale)
-        assert (step.num_branches, step.head.num_branches, step.cfg) == expected
-
-
-UNGUIDED = {"unguided_below": 1.1}
+        assert (step.num_branches, step.chains[0][0].num_branches, step.cfg) == expected
 
 
 @pytest.mark.parametrize("fields", [{}, {"condition_cache": False}, {"token_cache": False}], ids=str)
@@ -373,6 +355,12 @@ def test_unguided_steps_compute_the_unconditional_branch_only_for_later_ones(fie
         assert step.num_branches == 1 + wanted
 
 
+def test_a_printed_plan_shows_every_step() -> None:
+    lines = str(plan_of("fast")).splitlines()
+    assert len(lines) == 21 and lines[0].split()[:3] == ["step", "kind", "known"]
+    assert lines[-1].split()[:6] == ["19", "lazy", "192", "64", "3.24", "1"] and lines[-1].endswith("20 for 58 tokens")
+
+
 # Names
 
 
@@ -380,28 +368,20 @@ def test_unguided_steps_compute_the_unconditional_branch_only_for_later_ones(fie
 def test_methods_are_found_by_their_names(name: str) -> None:
     method = find_method(name)
     assert method == find_method("+".join(reversed(name.split("+")))) == find_method(f" {name.upper()} ")
-    assert set(name_of(method).split("+")) == set(name.split("+"))
     declared = [METHODS[part].changes for part in name.split("+")]
     assert method.changes == {setting: value for changes in declared for setting, value in changes.items()}
-
-
-def test_a_method_of_other_settings_has_no_name() -> None:
-    assert name_of(find_method("disa").replaced(num_iter=32)) is None
-    assert name_of(Method(num_sampling_steps=AnnealedSteps(40, 5))) is None
 
 
 BAD_NAMES = [
     ("", "method '' is unknown"),
     ("lazy", "method 'lazy' is unknown"),
     ("lazymar+", "method '' is unknown"),
-    ("mar+disa", "leave mar out"),
-    ("disa+mar", "leave mar out"),
-    ("mar+mar", "leave mar out"),
+    ("mar+disa", "leave it out"),
+    ("disa+mar", "leave it out"),
     ("disa+disa", "has disa twice"),
-    ("disa+gtr", "the number of denoising steps"),
-    ("lazymar+recap", "what is cached"),
-    ("lazymar+fast", "what is cached"),
-    ("fast+gtr", "the order of prediction"),
+    ("disa+gtr", "num_sampling_steps"),
+    ("lazymar+recap", "both set cache"),
+    ("fast+gtr", "num_stages"),
 ]
 
 
@@ -431,23 +411,20 @@ BAD_SETTINGS = [
     ("detailed_tokens", lambda: Method(detailed_tokens=DetailedTokens())),
     ("unguided_below", lambda: Method(unguided_below=0.99)),
     ("unguided_below", lambda: Method(unguided_below=math.nan)),
-    ("num_stages", lambda: make_plan(256, 64, Method(num_stages=0, num_iter=(1,)), cfg=3)),
-    ("num_stages", lambda: make_plan(256, 64, Method(num_stages=-1, num_iter=(1,)), cfg=3)),
-    ("num_stages", lambda: make_plan(256, 64, Method(num_stages=6, num_iter=(1,) * 6), cfg=3)),
-    ("num_stages", lambda: make_plan(36, 64, Method(num_stages=3, num_iter=(1, 1, 1)), cfg=3)),
-    ("num_stages", lambda: make_plan(250, 64, Method(num_stages=2, num_iter=(1, 1)), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_stages=3), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_stages=3, num_iter=(24, 8)), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_stages=3, num_iter=(24, 6, 2, 1)), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_stages=3, num_iter=(65, 6, 2)), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_stages=3, num_iter=(24, 0, 2)), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_iter=(24, 6)), cfg=3)),
-    ("num_iter", lambda: make_plan(256, 64, Method(num_iter=257), cfg=3)),
-    ("start_step", lambda: CachePolicy(start_step=1.5)),
-    ("start_step", lambda: CachePolicy(start_step=math.inf)),
-    ("start_step", lambda: CachePolicy(start_step=math.nan)),
-    ("method", lambda: Sampler(MODEL, "unheard-of")),
-    ("num_stages", lambda: Sampler(random_model(img_size=24), "gtr")),
+    ("num_stages", lambda: Method(num_stages=0, num_iter=(1,)).schedule(256, cfg=3)),
+    ("num_stages", lambda: Method(num_stages=-1, num_iter=(1,)).schedule(256, cfg=3)),
+    ("num_stages", lambda: Method(num_stages=6, num_iter=(1,) * 6).schedule(256, cfg=3)),
+    ("num_stages", lambda: Method(num_stages=3, num_iter=(1, 1, 1)).schedule(36, cfg=3)),
+    ("num_stages", lambda: Method(num_stages=2, num_iter=(1, 1)).schedule(250, cfg=3)),
+    ("num_iter", lambda: Method(num_stages=3).schedule(256, cfg=3)),
+    ("num_iter", lambda: Method(num_stages=3, num_iter=(24, 8)).schedule(256, cfg=3)),
+    ("num_iter", lambda: Method(num_stages=3, num_iter=(24, 6, 2, 1)).schedule(256, cfg=3)),
+    ("num_iter", lambda: Method(num_stages=3, num_iter=(65, 6, 2)).schedule(256, cfg=3)),
+    ("num_iter", lambda: Method(num_stages=3, num_iter=(24, 0, 2)).schedule(256, cfg=3)),
+    ("num_iter", lambda: Method(num_iter=(24, 6)).schedule(256, cfg=3)),
+    ("num_iter", lambda: Method(num_iter=257).schedule(256, cfg=3)),
+    ("method", lambda: make_sampler(MODEL, "unheard-of")),
+    ("num_stages", lambda: make_sampler(random_model(img_size=24), "gtr")),
 ]
 
 
@@ -459,10 +436,9 @@ def test_settings_out_of_range_are_named(setting: str, make) -> None:
 
 def test_settings_that_methods_do_not_have_are_refused() -> None:
     with pytest.raises(TypeError, match="num_steps"):
-        Sampler(MODEL, num_steps=3)
+        make_sampler(MODEL, num_steps=3)
 
 
 def test_settings_replace_those_of_a_method() -> None:
-    sampler = Sampler(MODEL, "lazymar+disa", **{"num_iter": 8, "cache": None})
-    assert len(sampler.plan) == 8 and sampler.plan.prune_layer is None
-    assert sampler.plan.steps[0].head.timesteps[0] == 950
+    plan = make_sampler(MODEL, "lazymar+disa", **{"num_iter": 8, "cache": None}).plan
+    assert len(plan) == 8 and not plan.policy.token_cache and plan.heads[0].timesteps[0] == 950

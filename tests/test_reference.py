@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.schedule import respaced_timesteps
+from tools import make_sampler
+
 from models import MAR, AnnealedSteps, CachePolicy, create_model
 from models.diffloss import timestep_sinusoids
-from models.lazymar.sampler import SampledStep, Sampler
+from models.lazymar.sampler import SampledStep
 
 DATA = Path(__file__).parent / "data"
 CASES = ("baseline", "lazy", "annealed")
@@ -67,7 +69,7 @@ def recorded_run(case: str, recorded: dict, latents: Tensor, **replaced: object)
         limits = int(recorded["upper_steps"]), int(recorded["lower_steps"])
         num_sampling_steps = AnnealedSteps(*limits, str(recorded["annealing"]))
     own = {"num_sampling_steps": num_sampling_steps, "cache": CachePolicy() if recorded["lazy"] else None}
-    sampler = Sampler(
+    sampler = make_sampler(
         load_model(latents.dtype),
         num_iter=int(recorded["num_iter"]),
         cfg=float(recorded["cfg"]),
@@ -104,7 +106,7 @@ def test_every_step_and_the_latents_equal_the_authors(case: str) -> None:
     for step in recorded_run(case, recorded, latents):
         errors = relative_errors(step.conditions.flatten(0, 1), recorded[f"z_{step.step.index}"])
         assert errors.mean() < 1e-9, f"conditions of step {step.step.index}"
-        denoising_steps.append(len(step.step.head.steps))
+        denoising_steps.append(len(step.step.chains[0][0].steps))
     assert denoising_steps == recorded.get("denoising_steps", np.full(64, 100)).tolist()
     assert latent_errors(latents, recorded).mean() < 1e-9
 
@@ -172,5 +174,5 @@ def test_mistakes_in_the_annealing_are_seen(fields: dict) -> None:
 
 @pytest.mark.parametrize("first_timestep", [999, 951])
 def test_chains_that_begin_elsewhere_are_seen(first_timestep: int, monkeypatch) -> None:
-    monkeypatch.setattr("models.lazymar.methods.ANNEALED_FIRST_TIMESTEP", first_timestep)
+    monkeypatch.setattr("models.methods.ANNEALED_FIRST_TIMESTEP", first_timestep)
     assert is_seen("annealed")

@@ -1,10 +1,9 @@
-"""The diffusion head's part of a step: tokens for given conditions, by denoising; with the head cache."""
+"""The diffusion head's part of a step: it denoises tokens for given conditions, with the head cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,95 +16,46 @@ from models.diffloss import DiffusionHead, modulate
 from models.lazymar.plan import DenoisingStep, HeadPlan
 from models.linear import Linear
 
-ROWS_PER_MATMUL = 4096  # modulations are computed for several denoising steps at once, up to this many rows
+FULL, WARMUP, REUSE = DenoisingStep
+ROWS_PER_MATMUL = 4096  # modulations of several denoising steps are computed in one matmul, up to this many rows
 
 
 class HeadCache:
-    """The paper's head cache: what the denoising steps of one autoregressive step reuse, of the conditional branch.
+    """The paper's head cache: what the denoising steps of one chain reuse, of the conditional branch.
 
-    mlp_outputs: each block's MLP output, before the gate; stored by the steps that compute it, read by REUSE.
-    added:       what each run of skipped blocks added, by its first block; stored by REFRESH, read by all others.
-    difference:  the predicted noise, conditional - unconditional, to guide by; stored by REFRESH, read by all. None
-                 without guidance.
+    mlp_outputs: each block's MLP output, before the gate; stored by full and warm-up steps, read by reuse steps.
+    residuals:   residual of each consecutive group of skipped blocks, keyed by its first block; stored by full steps.
+    guidance:    predicted noise, conditional - unconditional; stored by full steps. None without guidance.
     """
 
     def __init__(self) -> None:
         self.mlp_outputs: dict[int, Tensor] = {}
-        self.added: dict[int, Tensor] = {}
-        self.difference: Tensor | None = None
-
-
-class Modulations:
-    """Shifts, scales and gates for the denoising steps of one kind, in the order of use.
-
-    They depend on the denoising step and the condition, not on the noisy tokens, so that one matmul serves several
-    steps: a saving without any loss.
-
-    Args:
-        layers:    the linear layers that compute them, each with the part of its outputs that is wanted.
-        times:     [S, W] embeddings of the steps' timesteps.
-        condition: [n, W] the tokens' embedded conditions.
-    """
-
-    def __init__(self, layers: list[tuple[Linear, slice]], times: Tensor, condition: Tensor) -> None:
-        self.layers, self.condition = layers, condition
-        self.times_ahead = iter(times.split(max(1, ROWS_PER_MATMUL // len(condition))))
-        self.ahead: list[Tensor] = []  # computed, and not taken yet
-
-    def take(self, count: int) -> Iterator[list[Tensor]]:
-        """Yield each layer's outputs [steps, n, ...] for the next `count` steps, in pieces of one step or more."""
-        while count > 0:
-            if not self.ahead or not len(self.ahead[0]):
-                y = F.silu(next(self.times_ahead).unsqueeze(1) + self.condition)  # [steps, n, W]
-                self.ahead = [layer.part(y, outputs) for layer, outputs in self.layers]
-            piece = [output[:count] for output in self.ahead]
-            self.ahead = [output[count:] for output in self.ahead]
-            count -= len(piece[0])
-            yield piece
-
-
-class PreparedStep(NamedTuple):
-    """A denoising step, with all that it needs and that does not depend on the noisy tokens.
-
-    modulations: shift, scale and gate [n, 3W] of each block that the step computes.
-    reused:      [n, W] at a REUSE step, which computes no block: what all of them add. None at other steps.
-    output:      shift and scale [n, 2W] of the final layer.
-    """
-
-    kind: DenoisingStep
-    modulations: Sequence[Tensor]
-    reused: Tensor | None
-    output: Tensor
+        self.residuals: dict[int, Tensor] = {}
+        self.guidance: Tensor | None = None
 
 
 class HeadSampler:
-    """Samples tokens for given conditions; made once per run.
+    """Samples tokens for given conditions by one denoising chain.
 
-    Noisy tokens, residual stream, first and last layer and the diffusion update are in `dtype`, the blocks' matmuls in
-    the head's own: the first of 100 denoising steps multiplies an error of the predicted noise by 316.
+    Noisy tokens, residual stream, first and last layer and the denoising step are in `dtype`, the blocks' matmuls in
+    the head's own dtype: the first of 100 denoising steps multiplies an error of the predicted noise by 316.
     """
 
     def __init__(self, head: DiffusionHead, plan: HeadPlan, temperature: float, dtype: torch.dtype) -> None:
         self.head, self.plan, self.temperature = head, plan, temperature
-        numbers = range(len(head.res_blocks))
-        by_skipping = groupby(numbers, key=lambda number: number in plan.skipped_blocks)
-        self.block_runs = [(skipped, list(run)) for skipped, run in by_skipping]
+        by_skipping = groupby(range(len(head.res_blocks)), key=lambda number: number in plan.skipped_blocks)
+        self.block_groups = [(skipped, list(numbers)) for skipped, numbers in by_skipping]
 
-        device = head.input_proj.weight.device
         schedule = NoiseSchedule.of(plan.timesteps[::-1])
-        # Per denoising step, in the order of use:
-        times = head.time_embed(torch.tensor(plan.timesteps))  # [S, W]
         columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
-        coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4]
-        self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]
-        # Per kind of denoising step, the layers that modulate it and the embeddings of its timesteps:
-        self.modulated = {
-            kind: (
-                self._modulation_layers(kind),
-                torch.stack([time for time, its_kind in zip(times, plan.steps) if its_kind is kind]),
-            )
-            for kind in set(plan.steps)
+        coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4], in order of use
+        self.coefficients = [row.unbind() for row in coefficients.to(head.input_proj.weight.device, dtype)]
+        times = head.time_embed(torch.tensor(plan.timesteps))  # [S, W]
+        kinds = set(plan.steps)
+        self.times = {
+            kind: torch.stack([time for time, its_kind in zip(times, plan.steps) if its_kind is kind]) for kind in kinds
         }
+        self.modulation_layers = {kind: self._modulation_layers(kind) for kind in kinds}
 
         self.input_weight, self.input_bias = _parameters(head.input_proj, dtype)
         self.output_layer = _parameters(head.final_layer.linear, dtype)
@@ -113,103 +63,129 @@ class HeadSampler:
         self.norms = [_parameters(block.in_ln, dtype) for block in head.res_blocks]
 
     def _modulation_layers(self, kind: DenoisingStep) -> list[tuple[Linear, slice]]:
-        """Return the layers whose outputs a step of this kind uses, in the order of use, and which of these."""
+        """Return the layers whose outputs a denoising step of this kind uses, in order, and which of the outputs."""
         layers = []
-        for skipped, blocks in self.block_runs:
+        for skipped, blocks in self.block_groups:
             for layer in (self.head.res_blocks[number].modulation for number in blocks):
-                if kind is DenoisingStep.REFRESH or (kind is DenoisingStep.WARMUP and not skipped):
+                if kind is FULL or (kind is WARMUP and not skipped):
                     layers.append((layer, slice(None)))
-                elif not skipped:  # a stored MLP output needs only its gate
+                elif not skipped:  # a cached MLP output needs only its gate
                     layers.append((layer, slice(2 * layer.in_features, None)))
         return [*layers, (self.head.final_layer.modulation, slice(None))]
 
     def __call__(self, conditions: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
-        """Return tokens [n, C] for `conditions` [n, D], or [2n, D] under guidance, the conditional branch first.
+        """Return tokens [n, C] for `conditions` [n, D], or [2n, D] with guidance, the conditional branch first.
 
         Args:
             noise:    [S + 1, n, C]: where denoising starts, then a draw for each step.
             guidance: [] the CFG scale - 1.
         """
-        cache = HeadCache()
-        x = noise[0]
-        steps = self._prepared_steps(self.head.cond_embed(conditions), noise.shape[1], cache)
-        for step, coefficients, draw in zip(steps, self.coefficients, [*noise[1:-1], None]):
-            if step.reused is not None:
-                h = F.linear(x, self.input_weight) + step.reused
-            else:
-                h = self._blocks(step, F.linear(x, self.input_weight, self.input_bias), cache)
-            eps, v = self._predict(step, h, cache)
-            x = denoise(x, eps, v, cache.difference, guidance, coefficients, draw, self.temperature)
+        x, cache = noise[0], HeadCache()
+        embedded = self.head.cond_embed(conditions)
+        modulations = {
+            kind: Modulations(layers, self.times[kind], embedded if kind is FULL else embedded[: len(x)])
+            for kind, layers in self.modulation_layers.items()
+        }
+        steps = iter(zip(self.coefficients, [*noise[1:-1], None]))
+        position = dict.fromkeys(self.times, 0)  # denoising steps of each kind so far
+        for kind, count in self.plan.groups:
+            for *of_blocks, of_output in modulations[kind].at(position[kind], count):
+                if kind is REUSE:
+                    reused = self._reused(of_blocks, cache, len(of_output))
+                for number, output in enumerate(of_output):
+                    if kind is REUSE:
+                        h = F.linear(x, self.input_weight) + reused[number]
+                    else:
+                        h = F.linear(x, self.input_weight, self.input_bias)
+                        h = self._blocks(kind, h, [modulation[number] for modulation in of_blocks], cache)
+                    eps, v = self._predict(kind, h, output, cache)
+                    coefficients, draw = next(steps)
+                    x = denoise(x, eps, v, cache.guidance, guidance, coefficients, draw, self.temperature)
+            position[kind] += count
         return x
 
-    def _prepared_steps(self, condition: Tensor, num_tokens: int, cache: HeadCache) -> Iterator[PreparedStep]:
-        """Yield the denoising steps in order, given the tokens' embedded conditions [n or 2n, W].
-
-        `reused` is the same sum at all steps until the cache changes, but for the gates, and is computed for several
-        steps at once: this must not run ahead of the loop, which fills the cache.
-        """
-        modulations = {
-            kind: Modulations(layers, times, condition if kind is DenoisingStep.REFRESH else condition[:num_tokens])
-            for kind, (layers, times) in self.modulated.items()
-        }
-        for kind, count in self.plan.stretches:
-            for *of_blocks, of_output in modulations[kind].take(count):
-                if kind is DenoisingStep.REUSE:
-                    for reused, output in zip(self._reused(of_blocks, cache, len(of_output)), of_output):
-                        yield PreparedStep(kind, [], reused, output)
-                else:
-                    for *of_step, output in zip(*of_blocks, of_output):
-                        yield PreparedStep(kind, of_step, None, output)
-
-    def _blocks(self, step: PreparedStep, h: Tensor, cache: HeadCache) -> Tensor:
+    def _blocks(self, kind: DenoisingStep, h: Tensor, modulations: list[Tensor], cache: HeadCache) -> Tensor:
         """Return the residual blocks' output for the projected tokens `h` [n, W]: [n, W], or [2n, W] of both branches.
 
-        Blocks that the step skips add what they added at the last refresh.
+        A warm-up step reuses the residuals of skipped blocks.
         """
-        num_tokens, ahead = len(h), iter(step.modulations)
-        if step.kind is DenoisingStep.REFRESH:
+        num_tokens, remaining = len(h), iter(modulations)
+        if kind is FULL:
             h = h.repeat(self.plan.num_branches, 1)  # both branches denoise the same tokens
-        for skipped, blocks in self.block_runs:
-            if skipped and step.kind is not DenoisingStep.REFRESH:
-                h = h + cache.added[blocks[0]]
+        for skipped, blocks in self.block_groups:
+            if skipped and kind is not FULL:
+                h = h + cache.residuals[blocks[0]]
                 continue
             before = h
             for number in blocks:
-                shift, scale, gate = next(ahead).chunk(3, dim=-1)
+                shift, scale, gate = next(remaining).chunk(3, dim=-1)
                 update = self._mlp(number, h, shift, scale)
                 cache.mlp_outputs[number] = update[:num_tokens]
                 h = torch.addcmul(h, gate, update)
             if skipped:
-                cache.added[blocks[0]] = (h - before)[:num_tokens]
+                cache.residuals[blocks[0]] = (h - before)[:num_tokens]
         return h
 
-    def _reused(self, gates: Sequence[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
-        """Return what the first layer's bias and all blocks add [steps, n, W] at steps that compute no block."""
-        ahead = iter(gates)
+    def _reused(self, gates: list[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
+        """Return what the first layer's bias and all blocks add [steps, n, W] in reuse steps, which compute no block.
+
+        Only the gates differ between consecutive reuse steps, so the sum is computed for several at once.
+        """
+        remaining = iter(gates)
         total = self.input_bias.expand(num_steps, 1, -1)
-        for skipped, blocks in self.block_runs:
+        for skipped, blocks in self.block_groups:
             if skipped:
-                total = total + cache.added[blocks[0]]
+                total = total + cache.residuals[blocks[0]]
             else:
                 for number in blocks:
-                    total = torch.addcmul(total, next(ahead), cache.mlp_outputs[number])
+                    total = torch.addcmul(total, next(remaining), cache.mlp_outputs[number])
         return total
 
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         block = self.head.res_blocks[number]
-        weight, bias = self.norms[number]
-        normed = F.layer_norm(h, h.shape[-1:], weight, bias, block.in_ln.eps)
+        normed = F.layer_norm(h, h.shape[-1:], *self.norms[number], block.in_ln.eps)
         return block.mlp(modulate(normed, shift, scale).to(self.blocks_dtype))
 
-    def _predict(self, step: PreparedStep, h: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
-        """Return eps and v [n, C] of the conditional branch; a refresh stores the difference to guide by."""
+    def _predict(self, kind: DenoisingStep, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
+        """Return eps and v [n, C] of the conditional branch; a full step stores the guidance direction."""
         normed = F.layer_norm(h, h.shape[-1:], eps=self.head.final_layer.norm_final.eps)
-        modulated = modulate(normed, *step.output.chunk(2, dim=-1)).to(h.dtype)
+        modulated = modulate(normed, *modulation.chunk(2, dim=-1)).to(h.dtype)
         eps, v = F.linear(modulated, *self.output_layer).chunk(2, dim=-1)
-        if step.kind is DenoisingStep.REFRESH and self.plan.num_branches == 2:
+        if kind is FULL and self.plan.num_branches == 2:
             eps, unconditional = eps.chunk(2)
-            cache.difference, v = eps - unconditional, v[: len(eps)]
+            cache.guidance, v = eps - unconditional, v[: len(eps)]
         return eps, v
+
+
+class Modulations:
+    """Shifts, scales and gates for the denoising steps of one kind.
+
+    An exact optimization: they depend on the timestep and the condition, not on the noisy tokens, so that one matmul
+    serves several denoising steps.
+
+    Args:
+        layers:    linear layers that compute them, each with the part of its outputs that is wanted.
+        times:     [S, W] embeddings of the denoising steps' timesteps.
+        condition: [n, W] embedded conditions of the tokens.
+    """
+
+    def __init__(self, layers: list[tuple[Linear, slice]], times: Tensor, condition: Tensor) -> None:
+        self.layers, self.times, self.condition = layers, times, condition
+        self.chunk_size = max(1, ROWS_PER_MATMUL // len(condition))
+        self.chunk_start, self.chunk = -1, list[Tensor]()  # computed last
+
+    def at(self, start: int, count: int) -> Iterator[list[Tensor]]:
+        """Yield each layer's outputs [steps, n, ...] for `count` denoising steps from `start`, in one piece or more."""
+        stop = start + count
+        while start < stop:
+            chunk_start = start - start % self.chunk_size
+            chunk_stop = chunk_start + self.chunk_size
+            if chunk_start != self.chunk_start:
+                y = F.silu(self.times[chunk_start:chunk_stop].unsqueeze(1) + self.condition)  # [steps, n, W]
+                self.chunk_start, self.chunk = chunk_start, [layer.part(y, outputs) for layer, outputs in self.layers]
+            piece = slice(start - chunk_start, min(stop, chunk_stop) - chunk_start)
+            yield [outputs[piece] for outputs in self.chunk]
+            start = min(stop, chunk_stop)
 
 
 def _parameters(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:

@@ -1,93 +1,102 @@
-"""Everything that may be varied about the caches: numbers and switches, with the paper's values as defaults."""
+"""What a run computes, keeps and reuses: LazyMAR's settings, with the paper's values as defaults.
+
+A `CachePolicy` says nothing about which tokens a step predicts, or how.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
-SELECTIONS = ("similarity", "random")
-REFERENCE_STEPS = 64  # the number of steps that the kept fractions are listed for
-REFERENCE_DENOISING_STEPS = 100  # the length of chain that the head's refresh interval is meant for
+from models.lazymar.selection import RULES
 
-
-def option(default: Any, help_text: str, **shown: str) -> Any:
-    """Declare a field with what a command line says about it."""
-    return field(default=default, metadata={"help": help_text, **shown})
+REFERENCE_STEPS = 64  # number of autoregressive steps that the kept fractions are listed for
 
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """LazyMAR's settings; the defaults are the paper's for 64 steps (arXiv 2503.12450 and the authors' code).
+    """LazyMAR's settings. The defaults are the paper's for 64 steps (arXiv 2503.12450 and the authors' code).
+
+    Args:
+        start_step:            every autoregressive step before this one is a refresh step, which computes everything;
+                               a fraction below 1 is of all steps.
+        refresh_interval:      from the start step on, one step in this many is a refresh step.
+        refresh_steps:         the refresh steps themselves, in place of the two above; the first step always is one.
+        prune_layer:           decoder block after whose attention only some rows are recomputed.
+        kept_fractions:        (step, fraction) pairs: the fraction of rows that is recomputed after the prune layer,
+                               from each listed step of 64 on.
+        min_margin:            rows recomputed at least, besides those predicted at this step and the step before.
+        selection:             how these rows are chosen, a key of `selection.RULES`.
+        head_refresh_interval: denoising steps whose index is a multiple of this run the whole head; a fraction below 1
+                               is of the chain's steps.
+        head_skipped_blocks:   head blocks whose cached residual is reused between full denoising steps.
+        head_warmup:           above this fraction of the chain the other head blocks are computed at every step.
+        token_cache, condition_cache, head_cache: switch each cache on or off.
 
     Raises ValueError, naming the field, for a value out of range.
     """
 
-    start_step: int | float = option(
-        5,
-        "every step before this one is a refresh, which computes everything; a fraction below 1 is of all steps, and "
-        "other numbers are of 64 steps if the order has stages",
-    )
-    refresh_interval: int = option(
-        9, "from the start step on, one step in this many is a refresh; of 64 steps if the order has stages"
-    )
-    prune_layer: int = option(3, "decoder block after whose attention only the least similar rows go on")
-    kept_fractions: tuple[tuple[int, float], ...] = option(
-        ((0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)),
-        "fraction of rows that pass the prune layer, from each listed step of 64 on",
-    )
-    min_margin: int = option(15, "rows kept at least, besides those predicted at this step and the one before")
-    selection: str = option(
-        "similarity",
-        "which rows pass the prune layer: the least similar, or any",
-        metavar="{" + ",".join(SELECTIONS) + "}",
-    )
-    head_refresh_interval: int = option(
-        7,
-        "denoising steps whose index is a multiple of this run the head in full; of 100 steps if their number falls",
-    )
-    head_skipped_blocks: tuple[int, ...] = option((1, 2, 3, 4), "head blocks replaced by what they last added")
-    head_warmup: float = option(0.9, "above this fraction of the denoising steps the other head blocks are computed")
-    lazy_sampling_steps: int | None = option(None, "denoising steps of lazy steps at most, for all but detailed tokens")
-    token_cache: bool = option(True, "reuse token features: the encoder's keys and values, the decoder's pruned rows")
-    condition_cache: bool = option(True, "reuse the difference between the unconditional and conditional branch")
-    head_cache: bool = option(True, "reuse the diffusion head's features between denoising steps")
+    start_step: int | float = 5
+    refresh_interval: int = 9
+    refresh_steps: tuple[int, ...] | None = None
+    prune_layer: int = 3
+    kept_fractions: tuple[tuple[int, float], ...] = (
+        (0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)
+    )  # fmt: skip
+    min_margin: int = 15
+    selection: str = "similarity"
+    head_refresh_interval: int | float = 7
+    head_skipped_blocks: tuple[int, ...] = (1, 2, 3, 4)
+    head_warmup: float = 0.9
+    token_cache: bool = True
+    condition_cache: bool = True
+    head_cache: bool = True
 
     def __post_init__(self) -> None:
         def check(valid: bool, name: str, wanted: str) -> None:
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
 
-        is_valid = self.start_step >= 0 and (self.start_step < 1 or self.start_step % 1 == 0)
-        check(is_valid, "start_step", "at least 0, whole or a fraction below 1 of all steps")
+        def is_count(value: float, minimum: int) -> bool:
+            return value >= minimum and value % 1 == 0
+
+        start, interval = self.start_step, self.head_refresh_interval
+        check(is_count(start, 0) or 0 < start < 1, "start_step", "a whole number, or a fraction between 0 and 1")
         check(self.refresh_interval >= 1, "refresh_interval", "at least 1")
+        check(all(step >= 0 for step in self.refresh_steps or ()), "refresh_steps", "numbers of steps from 0")
         check(self.prune_layer >= 0, "prune_layer", "at least 0")
         check(self.min_margin >= 0, "min_margin", "at least 0")
-        check(self.selection in SELECTIONS, "selection", " or ".join(SELECTIONS))
-        check(self.head_refresh_interval >= 1, "head_refresh_interval", "at least 1")
+        check(self.selection in RULES, "selection", " or ".join(RULES))
+        is_interval = is_count(interval, 1) or 0 < interval < 1
+        check(is_interval, "head_refresh_interval", "a whole number from 1, or a fraction between 0 and 1")
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
-        check(self.lazy_sampling_steps is None or self.lazy_sampling_steps >= 2, "lazy_sampling_steps", "at least 2")
         starts = [start for start, _ in self.kept_fractions]
         in_order = starts[:1] == [0] and all(before < after for before, after in zip(starts, starts[1:]))
         in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
         check(in_order and in_range, "kept_fractions", "pairs step:fraction with rising steps from 0, fractions 0 to 1")
 
-    def of_run(self, num_iter: int, has_stages: bool) -> CachePolicy:
-        """Return the policy with start step and refresh interval in steps of a run of `num_iter` steps.
+    def is_refresh(self, step: int, num_iter: int) -> bool:
+        """Return whether a step of a run of `num_iter` steps is a refresh step."""
+        if self.refresh_steps is not None:
+            return step == 0 or step in self.refresh_steps
+        start = count_of(self.start_step, num_iter)
+        return step == 0 or step < start or (step - start) % self.refresh_interval == 0
 
-        With stages they keep their place in the run, as they are given for 64 steps; lazy steps stay if there are any.
+    def rows_kept(self, step: int, num_iter: int, num_rows: int, in_hand: int) -> int:
+        """Return how many of `num_rows` rows a lazy step recomputes after the prune layer.
+
+        The fraction is looked up at the same progress through 64 steps. `in_hand` counts the tokens predicted at this
+        step and the step before, which are always among these rows.
         """
-        start_step, refresh_interval = self.start_step, self.refresh_interval
-        if has_stages and refresh_interval > 1:
-            refresh_interval = max(2, math.ceil(refresh_interval * num_iter / REFERENCE_STEPS))
-        if 0 < start_step < 1:
-            start_step = math.ceil(round(start_step * num_iter, 6))
-        elif has_stages:
-            start_step = math.ceil(start_step * num_iter / REFERENCE_STEPS)
-        return replace(self, start_step=int(start_step), refresh_interval=refresh_interval)
-
-    def kept_fraction(self, step: int, num_iter: int) -> float:
-        """Return the fraction of rows kept, looked up at the same progress through a run of `num_iter` steps."""
         progress = step * REFERENCE_STEPS // num_iter
-        return [fraction for start, fraction in self.kept_fractions if start <= progress][-1]
+        fraction = [fraction for start, fraction in self.kept_fractions if start <= progress][-1]
+        return min(num_rows, max(in_hand + self.min_margin, int(num_rows * fraction)))
+
+
+def count_of(value: int | float, total: int) -> int:
+    """Return a number of steps: `value` itself, or rounded up if it is a fraction of `total`."""
+    return math.ceil(round(value * total, 6)) if 0 < value < 1 else int(value)
+
+
+NO_CACHE = CachePolicy(token_cache=False, condition_cache=False, head_cache=False)

@@ -1,4 +1,4 @@
-"""The loop over a run's steps, for the baseline and every policy alike."""
+"""The loop over a run's autoregressive steps, for the baseline and every cache policy alike."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.lazymar.graphs import Capture, CaptureError, CudaCapture, Executor
 from models.lazymar.head import HeadSampler
-from models.lazymar.methods import Method, find_method
 from models.lazymar.noise import ImageNoise, Noise
-from models.lazymar.plan import HeadPlan, Step, make_plan
-from models.lazymar.runtime import Capture, CaptureError, CudaCapture, Executor
-from models.lazymar.selection import detail
+from models.lazymar.plan import HeadPlan, Plan, Step
 from models.lazymar.transformer import Transformer
 from models.mar import MAR
 
-# Raised by hand when the same settings, weights and seed come to give other images, by more than rounding: a run that
-# was begun with another version is then not continued. `tests/test_sampling.py` holds fingerprints that tell when.
+# Raised by hand when the same settings, weights and seed give other images, by more than rounding: a run that began
+# with another version is then not continued. `tests/test_sampling.py` holds fingerprints that tell when.
 SAMPLER_VERSION = 1
 
 
 class SampledStep(NamedTuple):
     """A finished step: its plan, the conditions [2B or B, k, D] (ascending positions) and the tokens [B, k, C] it made.
 
-    They hold until the next step overwrites them.
+    The next step may overwrite them.
     """
 
     step: Step
@@ -37,47 +35,33 @@ class SampledStep(NamedTuple):
 
 
 class Sampler:
-    """Samples batch after batch with the same settings; what these have in common is computed once.
+    """Samples batch after batch by the same plan; what the batches have in common is computed once.
 
     On a GPU the steps are captured as CUDA graphs. Where that fails they run eagerly, with a warning.
 
     Args:
-        model:             the network; its device and dtype are used.
-        method:            the method, or its name, such as "lazymar" or "lazymar+disa".
-        cfg, cfg_schedule: CFG scale (1: no guidance) and "linear" or "constant".
-        temperature:       scales the noise of the denoising steps.
-        cuda_graphs:       whether to capture them, on a GPU.
-        settings:          fields of `Method` that replace the method's, such as `num_iter` or `cache`.
+        model:       the network; its device and dtype are used.
+        plan:        what each step computes, by `make_plan`.
+        temperature: scales the noise of the denoising steps.
+        cuda_graphs: False never captures CUDA graphs.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: the temperature is out of range, or the plan does not fit the model.
     """
 
-    def __init__(
-        self,
-        model: MAR,
-        method: Method | str = "mar",
-        *,
-        cfg: float = 3.25,
-        cfg_schedule: str = "linear",
-        temperature: float = 1.0,
-        cuda_graphs: bool = True,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, model: MAR, plan: Plan, *, temperature: float = 1.0, cuda_graphs: bool = True) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
-        self.model, self.device = model, model.mask_token.device
+        if plan.num_rows != model.buffer_size + model.seq_len:
+            raise ValueError(f"the plan is of {plan.num_rows} rows, the model has {model.buffer_size + model.seq_len}")
+        self.model, self.plan, self.device = model, plan, model.mask_token.device
         self.dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
-        method = (find_method(method) if isinstance(method, str) else method).replaced(**settings)
-        self.plan = make_plan(model.seq_len, model.buffer_size, method, cfg=cfg, cfg_schedule=cfg_schedule)
-        self.num_draws = max(step.num_draws for step in self.plan)
+        self.num_draws = max(step.num_draws for step in plan)
         with torch.inference_mode():
-            self.guidance = torch.tensor([step.cfg - 1 for step in self.plan], dtype=self.dtype, device=self.device)
-            self.heads = {
-                plan: HeadSampler(model.diffloss.net, plan, temperature, self.dtype) for plan in self.plan.heads
-            }
+            self.guidance = torch.tensor([step.cfg - 1 for step in plan], dtype=self.dtype, device=self.device)
+            self.heads = {head: HeadSampler(model.diffloss.net, head, temperature, self.dtype) for head in plan.heads}
         captures = cuda_graphs and self.device.type == "cuda"
-        self.capture: Callable[[], Capture] | None = partial(CudaCapture, self.device) if captures else None
+        self.make_capture: Callable[[], Capture] | None = partial(CudaCapture, self.device) if captures else None
         self.state: _State | None = None  # of the batch size seen last
 
     def __call__(
@@ -86,13 +70,13 @@ class Sampler:
         noise: Noise | None = None,
         on_step: Callable[[Step], object] | None = None,
     ) -> Tensor:
-        """Return latents [B, C, h, w] for classes [B], at unit scale (`model.latent_scale` times the VAE's).
+        """Return latents [B, C, h, w] for classes [B], at unit scale: the VAE's latents times the preset's scale.
 
         They are float64 for a float64 model, otherwise float32.
 
         Args:
-            noise:   the source of randomness: `ImageNoise` of seed 0 and images 0..B-1 if None.
-            on_step: is called with each step once it has been handed to the device.
+            noise:   the source of randomness; None: `ImageNoise` of seed 0 and images 0..B-1.
+            on_step: is called with each step once its work is queued on the device.
 
         Raises:
             ValueError: an argument has the wrong shape or range; the message names it.
@@ -101,32 +85,33 @@ class Sampler:
             return self._sample(class_labels, noise, on_step)
         except CaptureError as error:
             warnings.warn(f"CUDA graphs are not used, because capturing them failed: {error}", stacklevel=2)
-        self.capture, self.state = None, None
+        self.drop_graphs()
         return self._sample(class_labels, noise, on_step)
 
+    def drop_graphs(self) -> None:
+        """Free the captured graphs and the caches, and run eagerly from now on."""
+        self.make_capture, self.state = None, None
+
     def is_warm(self, batch_size: int) -> bool:
-        """Return whether the next batch of this size takes no time that later ones do not take."""
+        """Return True if the next batch of this size does no one-time work."""
         return self.state is not None and self.state.num_images == batch_size and self.state.is_warm
 
     def warm_up(self, batch_size: int) -> None:
-        """Do the one-time work of batches of this size now: load libraries, pack weights, capture CUDA graphs.
-
-        That takes two batches on a GPU, and one step on a CPU.
-        """
+        """Do the one-time work of batches of this size: two batches on a GPU, which captures graphs; else one step."""
         labels = torch.zeros(batch_size, dtype=torch.long)
         while not self.is_warm(batch_size):
-            if self.capture is not None:
+            if self.make_capture is not None:
                 self(labels)
             else:
                 next(self.steps(labels, None, self.empty_latents(batch_size)))
 
     def empty_latents(self, batch_size: int) -> Tensor:
-        """Return memory for a batch's latents [B, C, h, w]."""
+        """Return uninitialized latents [B, C, h, w]."""
         side = self.model.grid_size * self.model.patch_size
         return torch.empty(batch_size, self.model.vae_embed_dim, side, side, dtype=self.dtype, device=self.device)
 
     def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
-        """Return the noise of a run's images [B], by their numbers, drawn on the model's device."""
+        """Return the noise of a run's images [B], given their numbers, drawn on the model's device."""
         return ImageNoise(self.model, seed, indices, self.num_draws - 1, self.device)
 
     def _sample(self, class_labels: Tensor, noise: Noise | None, on_step: Callable[[Step], object] | None) -> Tensor:
@@ -137,7 +122,7 @@ class Sampler:
         return latents
 
     def steps(self, class_labels: Tensor, noise: Noise | None, latents: Tensor) -> Iterator[SampledStep]:
-        """Sample like a call, one step at a time; `latents` [B, C, h, w] is filled when the last step is done."""
+        """Sample like a call, one step at a time; `latents` [B, C, h, w] is filled after the last step."""
         model = self.model
         if class_labels.ndim != 1 or len(class_labels) < 1 or class_labels.is_floating_point():
             raise ValueError("class_labels must be a LongTensor [B] of at least one label")
@@ -154,23 +139,17 @@ class Sampler:
             yield from self._steps(class_labels.to(self.device), noise, latents)
 
     def _steps(self, class_labels: Tensor, noise: Noise, latents: Tensor) -> Iterator[SampledStep]:
-        model = self.model
-        # Tokens are kept in the order of prediction, those of one step in ascending position: every set of tokens that
-        # a step needs is then a slice.
-        order = noise.orders.to(self.device).flip(1)
-        stages = torch.tensor(self.plan.stages, device=self.device)
-        order = order.gather(1, stages[order].argsort(dim=1, stable=True))
-        positions = torch.cat([order[:, step.predicted].sort(dim=1).values for step in self.plan], dim=1)
-        tokens = torch.zeros(*positions.shape, model.token_dim, dtype=self.dtype, device=self.device)
-
-        if self.state is None or self.state.num_images != len(positions):
-            self.state = None  # its memory is free before the next one takes its own
-            self.state = _State(self, len(positions))
+        positions = self._positions(noise.orders.to(self.device))
+        num_images = len(positions)
+        if self.state is None or self.state.num_images != num_images:
+            self.state = None  # free its memory before the next one allocates its own
+            self.state = _State(self, num_images)
         state = self.state
+        tokens = torch.zeros(*positions.shape, self.model.token_dim, dtype=self.dtype, device=self.device)
         state.transformer.begin(class_labels, positions)
         for step in self.plan:
             draws = noise.draw(step.index, step.num_tokens)
-            shape = (step.num_draws, len(positions), step.num_tokens, model.token_dim)
+            shape = (step.num_draws, num_images, step.num_tokens, self.model.token_dim)
             if len(draws) < step.num_draws or draws.shape[1:] != shape[1:]:
                 raise ValueError(f"noise.draw must return {list(shape)} here, or more draws, not {list(draws.shape)}")
             draws = draws[: step.num_draws].to(self.device, self.dtype)
@@ -179,35 +158,47 @@ class Sampler:
             yield SampledStep(step, conditions, tokens[:, step.predicted])
         state.end_batch()
         in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
-        latents.copy_(model.unpatchify(in_raster_order))
+        latents.copy_(self.model.unpatchify(in_raster_order))
+
+    def _positions(self, orders: Tensor) -> Tensor:
+        """Return the positions [B, L] of the tokens in order of prediction; those of one step are ascending.
+
+        Tokens are kept in this order, so that all tokens that a step needs are a slice.
+        """
+        order = orders.flip(1)
+        if self.plan.schedule.stages is not None:
+            stages = torch.tensor(self.plan.schedule.stages, device=self.device)
+            order = order.gather(1, stages[order].argsort(dim=1, stable=True))
+        return torch.cat([order[:, step.predicted].sort(dim=1).values for step in self.plan], dim=1)
 
 
 class _State:
-    """The state that batches of one size share: the transformer with its caches, and the executors."""
+    """What batches of one size share: the transformer with its caches, and the executors."""
 
     def __init__(self, sampler: Sampler, num_images: int) -> None:
-        self.num_images = num_images
+        self.num_images, self.rank = num_images, sampler.plan.schedule.rank
         self.transformer = Transformer(sampler.model, sampler.plan, num_images)
         self._dtype, self._heads = sampler.model.mask_token.dtype, sampler.heads
-        # The transformer's steps come in order, and leave tensors to one another. The head's calls are independent.
-        self._execute_step, self._execute_head = Executor(sampler.capture), Executor(sampler.capture)
+        # Steps of the transformer come in order, and read what earlier ones wrote. Calls of the head are independent.
+        self._execute_step, self._execute_head = Executor(sampler.make_capture), Executor(sampler.make_capture)
 
     def conditions(self, step: Step, tokens: Tensor) -> Tensor:
         """Return the step's conditions [2B or B, k, D], from all tokens [B, L, C]."""
-        # Without a reference to `self`, which would outlive its last use in a cycle, with all its memory.
+        # No reference to `self`: in a reference cycle, its memory would outlive its last use.
         return self._execute_step(step.index, partial(_conditions, self.transformer, step, self._dtype), tokens)
 
     def denoise(self, step: Step, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
-        """Return the step's tokens [B, k, C], from draws [S + 1, B, k, C] of noise; detailed ones have their own chain.
+        """Return the step's tokens [B, k, C], given draws [S + 1, B, k, C] of noise.
 
-        Calls for as many tokens with the same plan of the head share a graph.
+        If there are several chains, the first takes the tokens that `Schedule.rank` scores highest, and so on.
         """
-        if not step.num_detailed:
-            return self._denoise(step.head, conditions, draws, guidance)
-        tokens = torch.empty_like(draws[0])
-        by_detail = detail(conditions[: self.num_images]).argsort(dim=1, descending=True, stable=True)
         heads, sizes = zip(*step.chains)
-        for head, chosen in zip(heads, by_detail.split(sizes, dim=1)):
+        if len(heads) == 1:
+            return self._denoise(heads[0], conditions, draws, guidance)
+        assert self.rank is not None
+        tokens = torch.empty_like(draws[0])
+        by_score = self.rank(conditions[: self.num_images]).argsort(dim=1, descending=True, stable=True)
+        for head, chosen in zip(heads, by_score.split(sizes, dim=1)):
             rows = chosen.sort(dim=1).values[..., None]
             branches = rows.repeat(len(conditions) // self.num_images, 1, 1)
             made = self._denoise(
@@ -220,10 +211,10 @@ class _State:
         return tokens
 
     def _denoise(self, head: HeadPlan, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
+        """Return tokens [B, k, C]. Calls with the same head plan and number of tokens share a graph."""
         num_tokens = draws.shape[2]
         draws = draws[: len(head.steps) + 1].flatten(1, 2)
-        key = num_tokens, head
-        made = self._execute_head(key, self._heads[head], conditions.flatten(0, 1), draws, guidance)
+        made = self._execute_head((num_tokens, head), self._heads[head], conditions.flatten(0, 1), draws, guidance)
         return made.unflatten(0, (-1, num_tokens))
 
     @property
@@ -237,8 +228,3 @@ class _State:
 
 def _conditions(transformer: Transformer, step: Step, dtype: torch.dtype, tokens: Tensor) -> Tensor:
     return transformer(step, tokens.to(dtype))
-
-
-def sample_tokens(model: MAR, class_labels: Tensor, *, noise: Noise | None = None, **settings: Any) -> Tensor:
-    """Sample one batch of latents [B, C, h, w]: `settings`, result and errors are those of `Sampler` and its call."""
-    return Sampler(model, **settings)(class_labels, noise)

@@ -1,7 +1,7 @@
 """The transformer's part of a step: conditions for the tokens predicted now, from the tokens known so far.
 
-The loops over blocks are MAR's own (`models/mar.py`). What LazyMAR adds is which rows they compute, as the plan says,
-and where the keys and values of the other rows come from, which is the caches' affair.
+The loops over blocks are MAR's own (`models/mar.py`). LazyMAR adds which rows they compute, as the plan says, and where
+the keys and values of the other rows come from.
 """
 
 from __future__ import annotations
@@ -9,111 +9,105 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.lazymar.caches import (
-    ALL,
-    ConditionCache,
-    NoConditionCache,
-    NoTokenCache,
-    RowCache,
-    Rows,
-    TokenCache,
-    count_through,
-    take,
-)
+from models.lazymar.caches import ConditionCache, TokenCache, write_slices
 from models.lazymar.plan import Plan, Step
-from models.lazymar.selection import RowSelection
 from models.mar import MAR
 
 
 class Transformer:
-    """Computes the conditions of a batch's steps, which come in order; holds the batch's caches.
+    """Computes the conditions of a batch's steps, in order; holds the batch's caches.
 
-    Everything that a batch brings is written in place, since captured steps read it where it was.
-
-    Raises ValueError if the decoder has no block of the plan's `prune_layer`.
+    Raises ValueError if the decoder has no block of the policy's `prune_layer`.
     """
 
     def __init__(self, model: MAR, plan: Plan, num_images: int) -> None:
         self.model, self.plan, self.num_images = model, plan, num_images
-        num_sequences = plan.num_branches * num_images
+        num_sequences, width = plan.num_branches * num_images, model.mask_token.shape[-1]
         self.positions = torch.zeros(num_sequences, model.seq_len, dtype=torch.long, device=model.mask_token.device)
         self.class_embedding = model.fake_latent.repeat(num_sequences, 1)
-        self.first_block = RowCache(4, num_sequences, plan.num_rows, model.mask_token)
-        self.token_cache = NoTokenCache()
-        if plan.prune_layer is not None:
-            if plan.prune_layer >= len(model.decoder_blocks):
-                raise ValueError(f"prune_layer must be below the decoder's {len(model.decoder_blocks)} blocks")
-            self.token_cache = TokenCache(model, plan, num_images, plan.prune_layer)
-        lazy_steps_need_it = plan.lazy_branches < plan.num_branches
-        self.condition_cache = ConditionCache(model, num_images) if lazy_steps_need_it else NoConditionCache()
+        # The first decoder block's input, and its queries, keys and values, of all rows:
+        self.first_input = model.mask_token.new_empty(num_sequences, plan.num_rows, width)
+        self.first_projections = model.mask_token.new_empty(num_sequences, plan.num_rows, 3 * width)
+        self.token_cache = TokenCache(model, plan, num_images) if plan.policy.token_cache else None
+        has_condition_cache = plan.lazy_branches < plan.num_branches
+        self.condition_cache = ConditionCache(model, num_images) if has_condition_cache else None
 
     def begin(self, class_labels: Tensor, positions: Tensor) -> None:
-        """Take up a batch: its classes [B] and the positions [B, L] of its tokens, in the order of prediction.
+        """Start a batch of classes [B], whose tokens are at `positions` [B, L], in order of prediction.
 
-        A saving without any loss: a row of the first decoder block depends on its token alone, and while that is masked
-        on its position. So the block's input, queries, keys and values are computed once for all masked tokens, and
-        later only where a row has changed.
+        An exact optimization: a row of the first decoder block depends on its own token alone, and on nothing but its
+        position while that token is masked. So these rows are computed once for all masked tokens, and later only where
+        a token becomes known.
         """
         self.positions.copy_(positions.repeat(self.plan.num_branches, 1))
         self.class_embedding[: self.num_images] = self.model.class_emb(class_labels)
-        self.token_cache.begin(positions)
+        if self.token_cache is not None:
+            self.token_cache.rule.begin(positions)
         block = self.model.decoder_blocks[0]
         x = self.model.masked_input(torch.arange(self.model.seq_len, device=self.positions.device))  # [L, D]
-        masked = x, *block.attn.queries_keys_values(block.norm1(x))
-        self.first_block.update(slice(self.model.buffer_size, None), *(rows[self.positions] for rows in masked))
+        self.first_input[:, self.model.buffer_size :] = x[self.positions]
+        self.first_projections[:, self.model.buffer_size :] = block.attn.qkv(block.norm1(x))[self.positions]
 
     def __call__(self, step: Step, tokens: Tensor) -> Tensor:
-        """Return the conditions of the k tokens predicted now, from all tokens [B, L, C] in the order of prediction.
+        """Return the conditions of the k tokens predicted now, from all tokens [B, L, C] in order of prediction.
 
-        They are [B, k, D], or [2B, k, D] at a step under guidance, the conditional branch first.
+        They are [B, k, D], or [2B, k, D] at a step with guidance, the conditional branch first.
         """
-        return self.decode(step, self.encode(step, tokens))
-
-    def encode(self, step: Step, tokens: Tensor) -> Tensor:
-        """Return the encoder's output [B, P + n, D] for the buffer and the step's n new tokens."""
-        positions = self._positions(step)
-        new_tokens = tokens[:, step.new].repeat(step.num_branches, 1, 1)
-        x = self.model.encoder_input(self.class_embedding[: len(positions)], new_tokens, positions[:, step.new])
-        rows = self._changed_rows(step)
-        for number, block in enumerate(self.model.encoder_blocks):
-            queries, keys, values = block.attn.queries_keys_values(block.norm1(x))
-            keys, values = self.token_cache.encoder_keys_values(number, step, rows, keys, values)
-            x = block.finish(x, queries, keys, values)
-        return self.model.encoder_norm(x)
-
-    def decode(self, step: Step, encoded: Tensor) -> Tensor:
-        """Return the step's conditions, from what `encode` has returned for it."""
-        blocks, positions = self.model.decoder_blocks, self._positions(step)
-        x = self.model.decoder_input(encoded, positions[:, step.new])
-        changed = x, *blocks[0].attn.queries_keys_values(blocks[0].norm1(x))
-        x, queries, keys, values = self.first_block.update(self._changed_rows(step), *changed)
-        rows: Rows = ALL  # those that `x` holds
-        for number, block in enumerate(blocks):
-            if number > 0:
-                queries, keys, values = block.attn.queries_keys_values(block.norm1(x))
-            keys, values = self.token_cache.decoder_keys_values(number, rows, keys, values)
-            going_on: Rows = ALL  # of the rows in `x`
-            if block is blocks[-1]:
-                going_on = self._read_rows(step, rows)
-            elif number == self.plan.prune_layer:
-                going_on = rows = self.token_cache.rows_going_on(step, block.attn, values)
-            x = block.finish(take(x, going_on), take(queries, going_on), keys, values)
-        decoded = self.condition_cache.complete(step, x)[: step.head.num_branches * self.num_images]
+        positions = self.positions[: step.num_branches * self.num_images]
+        decoded = self.decode(step, self.encode(step, tokens, positions), positions)
+        if self.condition_cache is not None and step.num_branches == 2:
+            self.condition_cache.store(step, decoded)
+            decoded = decoded[:, : step.num_tokens]
+        elif self.condition_cache is not None and step.cfg > 1:
+            decoded = self.condition_cache.add_unconditional(step, decoded)
+        decoded = decoded[: step.head_branches * self.num_images]
         return self.model.conditions(decoded, self.positions[: len(decoded), step.predicted])
 
-    def _positions(self, step: Step) -> Tensor:
-        """Return the positions [B, L] of the sequences that the step computes."""
-        return self.positions[: step.num_branches * self.num_images]
+    def encode(self, step: Step, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the encoder's output [B, P + n, D] for the buffer and the step's n new tokens."""
+        new_tokens = tokens[:, step.new].repeat(step.num_branches, 1, 1)
+        x = self.model.encoder_input(self.class_embedding[: len(positions)], new_tokens, positions[:, step.new])
+        for number, block in enumerate(self.model.encoder_blocks):
+            queries, keys_values = block.attn.project(block.norm1(x))
+            if self.token_cache is not None:
+                known = self.token_cache.encoder[number].write_known(step, keys_values)
+                keys_values = known if step.reuses_tokens else keys_values
+            x = block.finish(x, queries, keys_values)
+        return self.model.encoder_norm(x)
 
-    def _changed_rows(self, step: Step) -> Tensor:
-        """Return the rows that the encoder computes: the buffer, and the step's new tokens."""
-        numbers = torch.arange(self.plan.num_rows, device=self.positions.device)
-        buffer, tokens = numbers.split([self.model.buffer_size, self.model.seq_len])
-        rows = torch.cat([buffer, tokens[step.new]])
-        return count_through(rows.expand(step.num_branches * self.num_images, -1), self.plan.num_rows)
+    def decode(self, step: Step, encoded: Tensor, positions: Tensor) -> Tensor:
+        """Return the last block's output for the tokens predicted now, and up to `step.horizon`."""
+        model, cache, blocks = self.model, self.token_cache, self.model.decoder_blocks
+        x = model.decoder_input(encoded, positions[:, step.new])
+        projections = blocks[0].attn.qkv(blocks[0].norm1(x))
+        write_slices(self.first_input, model.buffer_size, step.new, x)
+        write_slices(self.first_projections, model.buffer_size, step.new, projections)
+        x = self.first_input[: len(positions)]
+        queries, keys_values = blocks[0].attn.split(self.first_projections[: len(positions)])
 
-    def _read_rows(self, step: Step, rows: Rows) -> slice:
-        """Return where in `x`, which holds `rows`, those are whose output is read before the next refresh."""
-        if isinstance(rows, slice):
-            return slice(self.model.buffer_size + step.start, self.model.buffer_size + step.horizon)
-        return RowSelection.predicted_now(step)
+        needed = slice(model.buffer_size + step.start, model.buffer_size + step.horizon)  # of the rows that x holds
+        kept = None  # flat indices of the rows that x holds; None: all rows
+        for number, block in enumerate(blocks):
+            if number > 0:
+                queries, keys_values = block.attn.project(block.norm1(x))
+            if cache is not None and number in cache.decoder:
+                if kept is None:
+                    cache.decoder[number].write_all(keys_values)
+                else:
+                    keys_values = cache.decoder[number].write_kept(kept, keys_values)
+            if number == len(blocks) - 1:
+                x, queries = x[:, needed], queries[:, needed]
+            elif cache is not None and number == self.plan.policy.prune_layer:
+                values = keys_values.chunk(2, dim=-1)[1]
+                if step.num_kept < self.plan.num_rows:
+                    kept = cache.flat(cache.choose_rows(step, values))
+                    x, queries = take_rows(x, kept), take_rows(queries, kept)
+                    needed = slice(step.start - step.previous, step.stop - step.previous)
+                cache.rule.remember(values)
+            x = block.finish(x, queries, keys_values)
+        return x
+
+
+def take_rows(x: Tensor, kept: Tensor) -> Tensor:
+    """Return rows [B, n, D] of `x` [B, R, D] at flat indices `kept` [B * n]."""
+    return x.flatten(0, 1).index_select(0, kept).unflatten(0, (len(x), -1))

@@ -1,0 +1,130 @@
+"""What a step does: the tokens that it predicts, its CFG scale, and the timesteps of its denoising chains.
+
+A `Schedule` says nothing about caching. `mar_schedule` is MAR's own (arXiv 2406.11838).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffusion.schedule import respaced_timesteps
+
+CFG_SCHEDULES = ("linear", "constant")
+
+
+class Chain(NamedTuple):
+    """A denoising chain: its timesteps, descending, of the 1000 of training, and how many tokens per image take it."""
+
+    timesteps: tuple[int, ...]
+    num_tokens: int
+
+
+class ScheduledStep(NamedTuple):
+    """What one autoregressive step does.
+
+    cfg:    the CFG scale, at least 1; 1 is a step without guidance.
+    chains: one for all of the step's tokens; or several, for the tokens as `Schedule.rank` orders them.
+    """
+
+    cfg: float
+    chains: tuple[Chain, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens per image that the step predicts."""
+        return sum(chain.num_tokens for chain in self.chains)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The autoregressive steps of a run, in order.
+
+    Args:
+        steps:  one or more.
+        stages: for each position of the token grid, a number; tokens are predicted in ascending order of it, and in
+                random order where it is equal. None: in random order.
+        rank:   scores tokens [B, k] by their conditions [B, k, D]; of several chains, the first takes the tokens with
+                the highest scores. Needed only where a step has several chains.
+
+    Raises ValueError for a step without tokens, and for a CFG scale below 1.
+    """
+
+    steps: tuple[ScheduledStep, ...]
+    stages: tuple[int, ...] | None = None
+    rank: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for number, step in enumerate(self.steps):
+            if min((chain.num_tokens for chain in step.chains), default=0) < 1:
+                raise ValueError(f"tokens_per_step must be at least 1, but step {number} predicts none")
+            check_cfg(step.cfg)
+
+    @property
+    def seq_len(self) -> int:
+        """Number of tokens per image."""
+        return sum(step.num_tokens for step in self.steps)
+
+
+def mar_schedule(
+    seq_len: int,
+    *,
+    num_iter: int = 64,
+    tokens_per_step: Sequence[int] | None = None,
+    cfg: float | Sequence[float] = 3.25,
+    cfg_schedule: str = "linear",
+    num_sampling_steps: int = 100,
+) -> Schedule:
+    """Return MAR's schedule over `seq_len` tokens.
+
+    Args:
+        num_iter:           autoregressive steps.
+        tokens_per_step:    the number of tokens of each step, in place of `num_iter` and MAR's cosine.
+        cfg:                the CFG scale (1: no guidance), or one for each step.
+        cfg_schedule:       "linear" grows from 1 to `cfg` with the number of known tokens; "constant" does not.
+        num_sampling_steps: denoising steps of each chain.
+
+    Raises ValueError, naming the argument, for one that is out of range.
+    """
+    counts = list(tokens_per_step) if tokens_per_step is not None else cosine_counts(seq_len, num_iter)
+    if sum(counts) != seq_len:
+        raise ValueError(f"tokens_per_step must add up to the number of tokens, {seq_len}, not {sum(counts)}")
+    scales = list(cfg) if isinstance(cfg, Sequence) else cfg_scales(counts, cfg, cfg_schedule)
+    if len(scales) != len(counts):
+        raise ValueError(f"cfg must be one scale, or one for each of {len(counts)} steps, not {len(scales)}")
+    timesteps = tuple(reversed(respaced_timesteps(num_sampling_steps)))
+    return Schedule(tuple(ScheduledStep(scale, (Chain(timesteps, count),)) for count, scale in zip(counts, scales)))
+
+
+def cosine_counts(seq_len: int, num_iter: int) -> list[int]:
+    """Return the number of tokens that each step predicts: MAR's cosine, with at least one token per step."""
+    if not 1 <= num_iter <= seq_len:
+        raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
+    masked = [seq_len]
+    for step in range(1, num_iter):
+        wanted = math.floor(seq_len * math.cos(math.pi / 2 * step / num_iter))
+        masked.append(max(1, min(wanted, masked[-1] - 1)))
+    return [before - after for before, after in zip(masked, [*masked[1:], 0])]
+
+
+def cfg_scales(counts: Sequence[int], cfg: float, cfg_schedule: str) -> list[float]:
+    """Return the CFG scale of each step, given the number of tokens that each step predicts."""
+    check_cfg(cfg)
+    if cfg_schedule not in CFG_SCHEDULES:
+        raise ValueError(f"cfg_schedule must be {' or '.join(CFG_SCHEDULES)}, not {cfg_schedule!r}")
+    if cfg_schedule == "constant":
+        return [cfg] * len(counts)
+    seq_len = sum(counts)
+    known = [sum(counts[: step + 1]) for step in range(len(counts))]
+    # As in MAR's code, one token counts as masked at the last step.
+    return [1 + (cfg - 1) * min(count, seq_len - 1) / seq_len for count in known]
+
+
+def check_cfg(cfg: float) -> None:
+    """Raise ValueError unless this can be a CFG scale."""
+    if not (math.isfinite(cfg) and cfg >= 1):
+        raise ValueError(f"cfg must be a finite number of at least 1 (1: no guidance), not {cfg}")

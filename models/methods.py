@@ -1,0 +1,394 @@
+"""Other methods that sample from MAR without training, and their compositions with LazyMAR.
+
+A `Method` is what `--method` and its flags set: it makes a schedule, and adapts a cache policy to it. `METHODS` lists
+the published methods; "+" composes them. Figures are from the papers and their code unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.schedule import check_num_sampling_steps, respaced_timesteps
+from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.noise import Noise
+from models.lazymar.plan import Plan, make_plan
+from models.lazymar.policy import REFERENCE_STEPS, CachePolicy, count_of
+from models.lazymar.sampler import Sampler
+from models.lazymar.schedule import Chain, Schedule, ScheduledStep, cfg_scales, cosine_counts
+from models.mar import MAR
+
+# Annealed chains start here. The first denoising step divides by sqrt(alpha_bar), which is 1/13 at 950 and 1/642 at
+# 998; a short chain would keep the error of that step.
+ANNEALED_FIRST_TIMESTEP = 950
+ANNEALINGS = ("linear", "cosine", "two-stage", "constant", "generation")
+REFERENCE_DENOISING_STEPS = 100  # chain length that the head's refresh interval is given for
+
+
+@dataclass(frozen=True)
+class AnnealedSteps:
+    """Denoising steps that decrease over the autoregressive steps (DiSA, arXiv 2505.20297).
+
+    Every chain starts at timestep 950: up to one in twenty of the denoising steps are duplicates there and are dropped.
+
+    Args:
+        upper:    denoising steps at the first autoregressive step, 2 to 1000.
+        lower:    denoising steps at the end, at least 2 and at most `upper`.
+        schedule: "linear" or "cosine" from the first step to the last; "two-stage": `upper` in the first half of the
+                  steps, `lower` in the second; "constant": `lower` always; "generation": linear up to the last stage of
+                  the order, and `lower` there (GtR, arXiv 2510.17171).
+
+    Raises ValueError, naming num_sampling_steps, for values out of range.
+    """
+
+    upper: int = 50
+    lower: int = 5
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        for steps in (self.upper, self.lower):
+            check_num_sampling_steps(steps)
+        if self.lower > self.upper:
+            raise ValueError(f"num_sampling_steps must not increase, but {self.lower} is above {self.upper}")
+        if self.schedule not in ANNEALINGS:
+            raise ValueError(
+                f"num_sampling_steps must be annealed by a schedule of {', '.join(ANNEALINGS)}, not {self.schedule!r}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.upper}:{self.lower}:{self.schedule}"
+
+    def at(self, step: int, num_iter: int, num_generating: int) -> int:
+        """Return the denoising steps of an autoregressive step before duplicates are dropped.
+
+        `num_generating` of the `num_iter` steps come before the last stage.
+        """
+        last, span = num_iter - 1, self.upper - self.lower
+        if self.schedule == "generation":
+            last, step = num_generating - 1, min(step, num_generating)
+        if last < 1:  # a single step
+            return self.upper if step == 0 and self.schedule in ("linear", "cosine", "generation") else self.lower
+        if self.schedule in ("linear", "generation"):
+            return self.lower + max(0, int((last - step) / last * span))
+        if self.schedule == "cosine":
+            return self.lower + int((math.cos(math.pi * step / last) + 1) / 2 * span)
+        return self.lower + (span if self.schedule == "two-stage" and step < last / 2 else 0)
+
+
+@dataclass(frozen=True)
+class DetailedTokens:
+    """The tokens of the last stage whose conditions vary most across channels take a longer denoising chain (GtR).
+
+    If the other tokens take more denoising steps than `num_sampling_steps`, these take as many.
+
+    Args:
+        share:              share of the tokens that a step predicts, in each image by itself.
+        num_sampling_steps: their denoising steps.
+
+    Raises ValueError for values out of range.
+    """
+
+    share: float = 0.1
+    num_sampling_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"detailed_tokens must be a share between 0 and 1, not {self.share}")
+        check_num_sampling_steps(self.num_sampling_steps)
+
+    def __str__(self) -> str:
+        return f"{self.share:g}:{self.num_sampling_steps}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """The settings that decide what sampling an image costs. The defaults are MAR's.
+
+    Args:
+        num_stages:          stages of the order of prediction; 1 is a random order, more halve a checkerboard.
+        num_iter:            autoregressive steps; with several stages, a number for each.
+        num_sampling_steps:  denoising steps.
+        detailed_tokens:     tokens of the last stage that take more denoising steps.
+        unguided_below:      steps whose CFG scale is below this run without guidance.
+        lazy_sampling_steps: maximum number of denoising steps at steps that are not refresh steps.
+        cache:               the cache policy; with several stages its start step and refresh interval are of 64 steps,
+                             and with `AnnealedSteps` its head's refresh interval is of 100 denoising steps.
+
+    Raises ValueError, naming the field, for a value out of range.
+    """
+
+    num_stages: int = 1
+    num_iter: int | tuple[int, ...] = REFERENCE_STEPS
+    num_sampling_steps: int | AnnealedSteps = 100
+    detailed_tokens: DetailedTokens | None = None
+    unguided_below: float = 1.0
+    lazy_sampling_steps: int | None = None
+    cache: CachePolicy | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages must be at least 1, not {self.num_stages}")
+        if isinstance(self.num_sampling_steps, int):
+            check_num_sampling_steps(self.num_sampling_steps)
+        if not self.unguided_below >= 1:
+            raise ValueError(f"unguided_below must be at least 1, not {self.unguided_below}")
+        if self.lazy_sampling_steps is not None and self.lazy_sampling_steps < 2:
+            raise ValueError(f"lazy_sampling_steps must be at least 2, not {self.lazy_sampling_steps}")
+        if self.num_stages == 1 and self.detailed_tokens:
+            raise ValueError("detailed_tokens needs several stages: give num_stages too, or leave detailed_tokens out")
+        if self.num_stages == 1 and getattr(self.num_sampling_steps, "schedule", None) == "generation":
+            raise ValueError(
+                "num_sampling_steps by the schedule generation needs several stages: give num_stages too, or take "
+                "another schedule, such as linear"
+            )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from MAR's, by name."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def replaced(self, **settings: Any) -> Method:
+        """Return the method with other settings."""
+        return replace(self, **settings)
+
+    def schedule(self, seq_len: int, *, cfg: float, cfg_schedule: str = "linear") -> Schedule:
+        """Return the schedule over `seq_len` tokens. Raises ValueError, naming a setting that does not fit."""
+        counts, stages, stage_starts = self._order(seq_len)
+        num_iter, last_stage = len(counts), stage_starts[-1]
+        scales = [scale if scale >= self.unguided_below else 1.0 for scale in cfg_scales(counts, cfg, cfg_schedule)]
+        policy = self._policy(num_iter, stage_starts)
+        steps = []
+        for index, (count, scale) in enumerate(zip(counts, scales)):
+            length = self.num_sampling_steps
+            if isinstance(length, AnnealedSteps):
+                length = length.at(index, num_iter, last_stage)
+            if self.lazy_sampling_steps is not None and policy and not policy.is_refresh(index, num_iter):
+                length = min(length, self.lazy_sampling_steps)
+            detailed = self.detailed_tokens if index >= last_stage else None
+            num_detailed = int(round(count * detailed.share, 6)) if detailed else 0
+            chains = [Chain(self._timesteps(length), count - num_detailed)]
+            if detailed and num_detailed:
+                longer = max(length, detailed.num_sampling_steps)
+                chains.insert(0, Chain(self._timesteps(longer), num_detailed))
+            steps.append(ScheduledStep(scale, tuple(chain for chain in chains if chain.num_tokens)))
+        return Schedule(tuple(steps), stages, detail)
+
+    def plan(self, model: MAR, *, cfg: float, cfg_schedule: str = "linear") -> Plan:
+        """Return the plan for a model, which may be on the meta device. Raises ValueError like `schedule`."""
+        schedule = self.schedule(model.seq_len, cfg=cfg, cfg_schedule=cfg_schedule)
+        _, _, stage_starts = self._order(model.seq_len)
+        return make_plan(schedule, self._policy(len(schedule.steps), stage_starts), buffer_size=model.buffer_size)
+
+    def _order(self, seq_len: int) -> tuple[list[int], tuple[int, ...] | None, list[int]]:
+        """Return the tokens of each step, the stage of each position (None: one stage), and each stage's first step."""
+        num_iter = (self.num_iter,) if isinstance(self.num_iter, int) else self.num_iter
+        if self.num_stages > 1:
+            stages = stages_of_positions(seq_len, self.num_stages)
+            counts = staged_counts([stages.count(stage) for stage in range(self.num_stages)], num_iter)
+            return counts, tuple(stages), [sum(num_iter[:stage]) for stage in range(self.num_stages)]
+        if len(num_iter) > 1:
+            given = ",".join(map(str, num_iter))
+            raise ValueError(f"num_iter must be one number for one stage, not {given}: or give num_stages too")
+        return cosine_counts(seq_len, num_iter[0]), None, [0]
+
+    def _timesteps(self, length: int) -> tuple[int, ...]:
+        """Return the timesteps of a chain, descending; annealed chains start at 950, and duplicates are dropped."""
+        timesteps = respaced_timesteps(length)
+        if isinstance(self.num_sampling_steps, AnnealedSteps):
+            timesteps = sorted({min(timestep, ANNEALED_FIRST_TIMESTEP) for timestep in timesteps})
+        return tuple(reversed(timesteps))
+
+    def _policy(self, num_iter: int, stage_starts: Sequence[int]) -> CachePolicy | None:
+        """Return the cache policy for this method's schedule.
+
+        - With several stages, start step and refresh interval keep their place in the run, and each stage begins with a
+          refresh step, because it predicts more tokens at once than the one before. No refresh is scheduled on the step
+          just before that.
+        - Annealed chains are short: the head's refresh interval becomes a fraction of each chain.
+        """
+        policy = self.cache
+        if policy is None:
+            return None
+        if isinstance(self.num_sampling_steps, AnnealedSteps) and policy.head_refresh_interval >= 1:
+            fraction = min(policy.head_refresh_interval / REFERENCE_DENOISING_STEPS, 0.999)
+            policy = replace(policy, head_refresh_interval=fraction)
+        if len(stage_starts) == 1 or policy.refresh_steps is not None:
+            return policy
+        start, interval = policy.start_step, policy.refresh_interval
+        start = count_of(start, num_iter) if start < 1 else math.ceil(start * num_iter / REFERENCE_STEPS)
+        if interval > 1:  # some steps stay lazy
+            interval = max(2, math.ceil(interval * num_iter / REFERENCE_STEPS))
+        scaled = replace(policy, start_step=start, refresh_interval=interval)
+
+        def is_refresh(step: int) -> bool:
+            if step in stage_starts or step < start or interval == 1:
+                return True
+            return scaled.is_refresh(step, num_iter) and step + 1 not in stage_starts
+
+        return replace(policy, refresh_steps=tuple(filter(is_refresh, range(num_iter))))
+
+
+def stages_of_positions(seq_len: int, num_stages: int) -> list[int]:
+    """Return the stage at which each position of a square grid is predicted, 0 to `num_stages` - 1, row-major.
+
+    The last stage is one half of a checkerboard: row + column is odd. The half of the other, on the same diagonals two
+    apart, is the stage before, and so on (GtR, arXiv 2510.17171).
+
+    Raises ValueError, naming num_stages, if the grid cannot be halved so often.
+    """
+    side = math.isqrt(seq_len)
+    period = 2 ** (num_stages - 1) if num_stages <= seq_len else 0
+    if side**2 != seq_len or period == 0 or side % period:
+        raise ValueError(
+            f"num_stages must be such that 2^(num_stages - 1) divides the side of the token grid, "
+            f"{math.sqrt(seq_len):g}, not {num_stages}: each stage but the first takes half of what is left"
+        )
+    stages = []
+    for row in range(side):
+        for column in range(side):
+            diagonal = (row + column) % period or period
+            halvings = (diagonal & -diagonal).bit_length() - 1  # how often the diagonal's number can be halved
+            stages.append(num_stages - 1 - halvings)
+    return stages
+
+
+def staged_counts(sizes: Sequence[int], num_iter: Sequence[int]) -> list[int]:
+    """Return the tokens of each step, given each stage's size and steps: as even as whole numbers allow.
+
+    Raises ValueError, naming num_iter, unless there is a number of steps for each stage, each with a token to predict.
+    """
+    if len(num_iter) != len(sizes):
+        given = ",".join(map(str, num_iter))
+        raise ValueError(f"num_iter must have a number of steps for each of the {len(sizes)} stages, not {given}")
+    counts = []
+    for size, steps in zip(sizes, num_iter):
+        if not 1 <= steps <= size:
+            raise ValueError(f"num_iter must be 1 to {size} for a stage of {size} tokens, not {steps}")
+        counts += [size * (step + 1) // steps - size * step // steps for step in range(steps)]
+    return counts
+
+
+def detail(conditions: Tensor) -> Tensor:
+    """Return how detailed tokens are [B, k], by the conditional branch's conditions [B, k, D].
+
+    It is the amplitude of the frequencies n = 1 to D / 2 of a condition over its channels, summed with weights that
+    grow from 1 to 2 (GtR, arXiv 2510.17171; frequency-weighted token selection).
+    """
+    amplitudes = torch.fft.rfft(conditions.to(torch.promote_types(conditions.dtype, torch.float32))).abs()[..., 1:]
+    count = amplitudes.shape[-1]
+    weights = 1 + torch.arange(1, count + 1, device=conditions.device, dtype=amplitudes.dtype) / count
+    return (amplitudes * weights).sum(dim=-1)
+
+
+LAZYMAR = Method(cache=CachePolicy())  # arXiv 2503.12450
+DISA = Method(num_sampling_steps=AnnealedSteps(upper=50, lower=5))  # arXiv 2505.20297
+
+# GtR, generation then reconstruction (arXiv 2510.17171): an independent implementation from second-hand facts, because
+# no code is public. Our assumptions:
+# - the steps of each stage, from the tokens per step that the paper is said to have (2.67, 10.67 and 64 of 256);
+# - every chain begins at timestep 950, as in DiSA;
+# - the tokens that take 50 denoising steps are chosen at each step, in each image by itself.
+GTR = Method(
+    num_stages=3,
+    num_iter=(24, 6, 2),
+    num_sampling_steps=AnnealedSteps(upper=50, lower=20, schedule="generation"),
+    detailed_tokens=DetailedTokens(share=0.1, num_sampling_steps=50),
+)
+
+# ReCAP (arXiv 2505.19089): the first half of the steps in full, then every other one. The steps between compute only
+# the tokens that they and the step before predict, and take 40 denoising steps. Unlike in the paper, the first decoder
+# block sees the buffer as the lazy step's encoder computes it, which costs nothing.
+RECAP = Method(
+    lazy_sampling_steps=40,
+    cache=CachePolicy(
+        start_step=0.5,
+        refresh_interval=2,
+        prune_layer=0,
+        kept_fractions=((0, 0.0),),
+        min_margin=0,
+        condition_cache=False,
+        head_cache=False,
+    ),
+)
+
+# Guidance in a limited interval, known from diffusion models (arXiv 2404.07724); here of the autoregressive steps.
+LATE_GUIDANCE = Method(unguided_below=1.1)
+
+# Our own composition for people who just want images: LazyMAR's caches with half as many refresh steps, GtR's order and
+# chains in 20 steps, and no guidance where it matters little. docs/methods.md says what was tried.
+FAST = GTR.replaced(num_iter=(15, 3, 2), unguided_below=1.2, cache=CachePolicy(refresh_interval=18))
+
+METHODS = {
+    "mar": Method(),
+    "lazymar": LAZYMAR,
+    "disa": DISA,
+    "gtr": GTR,
+    "recap": RECAP,
+    "lateguidance": LATE_GUIDANCE,
+    "fast": FAST,
+}
+
+
+def find_method(name: str) -> Method:
+    """Return the method of a name, or the composition of names joined by "+".
+
+    Raises ValueError, naming method, for an unknown name, and for methods that contradict each other.
+    """
+    names = [part.strip().lower() for part in name.split("+")]
+    composed, decided_by = Method(), dict[str, str]()
+    for number, part in enumerate(names):
+        if part not in METHODS:
+            raise ValueError(f"method {part!r} is unknown: choose from {', '.join(METHODS)}, or join several by +")
+        if part in names[:number]:
+            raise ValueError(f"method {name} has {part} twice: once is enough")
+        if part == "mar" and len(names) > 1:
+            raise ValueError(f"method {name}: mar is the baseline that every method changes, so leave it out")
+        for setting, value in METHODS[part].changes.items():
+            if setting in decided_by:
+                raise ValueError(
+                    f"method {name} cannot be: {decided_by[setting]} and {part} both set {setting}; leave one out"
+                )
+            decided_by[setting] = part
+            composed = composed.replaced(**{setting: value})
+    return composed
+
+
+def sample_tokens(
+    model: MAR,
+    class_labels: Tensor,
+    *,
+    noise: Noise | None = None,
+    method: Method | str = "mar",
+    cfg: float = 3.25,
+    cfg_schedule: str = "linear",
+    temperature: float = 1.0,
+    **settings: Any,
+) -> Tensor:
+    """Sample one batch of latents [B, C, h, w] for classes [B].
+
+    Args:
+        method:   a `Method` or its name.
+        settings: fields of `Method` that replace the method's, such as `num_iter=32` or `cache=CachePolicy()`.
+
+    The other arguments, the result and the errors are those of `Sampler` and `mar_schedule`.
+    """
+    plan = _with_settings(method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
+    return Sampler(model, plan, temperature=temperature)(class_labels, noise)
+
+
+def count_flops(
+    model: MAR, method: Method | str = "mar", *, cfg: float = 3.25, cfg_schedule: str = "linear", **settings: Any
+) -> Flops:
+    """Return the FLOPs of sampling one image; arguments as in `sample_tokens`. `model` may be on the meta device."""
+    plan = _with_settings(method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
+    return Flops.of_steps(flops_per_step(model, plan))
+
+
+def _with_settings(method: Method | str, settings: dict[str, Any]) -> Method:
+    return (find_method(method) if isinstance(method, str) else method).replaced(**settings)
