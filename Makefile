@@ -23,11 +23,10 @@ demo: install
 	$(RUN) eval.py $(DEMO) --output_dir output/demo/lazymar --lazy_mar
 	$(RUN) compare.py output/demo/baseline output/demo/lazymar --output output/demo/side_by_side.png
 
-# The paper's table, the ablations and the report, as far as the embedded model goes: sized for two cores and a quarter of
-# an hour. For the other models, or on GPUs, run reproduce.py by hand, with an --output_dir of its own.
+# The paper's table, methods and ablations as far as mar_tiny goes, and the page, output/reproduce/report.html: sized for
+# two cores and a quarter of an hour. For other models, or on GPUs, run reproduce.py by hand with another --output_dir.
 report: install
 	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node=2 reproduce.py $(REPORT)
-	$(RUN) report.py
 
 # Two workers with a thread each: most tests are too small for two threads to help.
 test: install

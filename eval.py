@@ -11,50 +11,45 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models import AutoencoderKL, Sampler
 from util.errors import InputError
-from util.job.processes import Job, launch
-from util.runs.folder import Batch
-from util.runs.images import decode, map_images, to_pixels
-from util.runs.options import Options, parse_options
-from util.runs.run import Run, evaluate_seeds, open_run
-from util.scoring.scores import Extractor
-from util.weights.models import load_model
+from util.extractors import Extractor
+from util.folder import Batch
+from util.images import decode, map_images, to_pixels
+from util.memory import retry_eagerly
+from util.options import Options, parse_options
+from util.processes import Job, launch
+from util.run import Run, evaluate_sweep, open_run
+from util.weights import load_model
 
 
-def evaluate(job: Job, options: Options) -> dict:
-    """Generate those of a run's images that are missing, and score all of them.
+def evaluate(job: Job, options: Options) -> dict[str, Any]:
+    """Generate the images of a run that are missing, and score all of them.
 
-    Returns what `metrics.json` holds, on all ranks; with several seeds, what `seeds.json` holds.
+    Returns what `metrics.json` holds, on all ranks; for several seeds or CFG scales, what their summary holds.
 
     Raises:
         InputError: something that the user can put right.
     """
-    if options.more_seeds:
-        return evaluate_seeds(job, options, evaluate)
-    run = open_run(job, options)  # what can be refused is refused here, before long work
-    options = run.options
-    paths = {"weights": options.resume, "vae_weights": options.vae_path}
-    model, vae = load_model(options.model, run.device, run.dtype, **paths)
-    sampler = Sampler(
-        model,
-        **options.sampling,
-        temperature=options.temperature,
-        cuda_graphs=options.cuda_graphs,
-    )
-    # Each step is an iterator over the batches of the one before, so a batch passes all of them before the next begins.
-    with run.faults_explained():
+    if options.sweep:
+        return evaluate_sweep(job, options, evaluate)
+    with open_run(job, options) as run:  # what can be refused is refused here, before long work
+        paths = {"weights": options.resume, "vae_weights": options.vae_path}
+        model, vae = load_model(options.model, run.device, run.dtype, class_num=options.class_num, **paths)
+        sampler = Sampler(model, options.plan, temperature=options.temperature, cuda_graphs=run.cuda_graphs)
+        # Each step is an iterator over the batches of the one before: a batch passes all of them, then the next begins.
         batches = run.claim()
         batches = sampled(batches, sampler, run)
-        batches = decoded(batches, vae, model.latent_scale)
+        batches = decoded(batches, vae, options.preset.latent_scale, sampler)
         batches = with_features(batches, run.extractor)
         run.save(batches)
-    return run.finish()  # FID and Inception Score of all features, times, FLOPs
+        return run.finish()  # FID and Inception Score of all features, times, FLOPs
 
 
 def sampled(batches: Iterable[Batch], sampler: Sampler, run: Run) -> Iterator[Batch]:
@@ -63,19 +58,19 @@ def sampled(batches: Iterable[Batch], sampler: Sampler, run: Run) -> Iterator[Ba
         if batch.pixels is None:
             size, start = len(batch.indices), time.perf_counter()
             batch.first = not sampler.is_warm(size)
-            noise = sampler.noise(run.options.seed, batch.indices)
-            batch.latents = sampler(torch.tensor(batch.labels), noise, run.follow(batch))
+            labels, noise = torch.tensor(batch.labels), sampler.noise(run.options.seed, batch.indices)
+            batch.latents = retry_eagerly(sampler, sampler, labels, noise, run.follow(batch))
             check_finite(batch.latents, "latents", batch.indices)  # waits for the device
             batch.sample_seconds = time.perf_counter() - start
         yield batch
 
 
-def decoded(batches: Iterable[Batch], vae: AutoencoderKL, latent_scale: float) -> Iterator[Batch]:
+def decoded(batches: Iterable[Batch], vae: AutoencoderKL, latent_scale: float, sampler: Sampler) -> Iterator[Batch]:
     """Turn the latents of each batch into pixels."""
     for batch in batches:
         if batch.latents is not None:
             start = time.perf_counter()
-            images = decode(vae, batch.latents / latent_scale)
+            images = retry_eagerly(sampler, decode, vae, batch.latents / latent_scale)
             check_finite(images, "decoded pixels", batch.indices)
             batch.pixels, batch.latents = to_pixels(images), None
             batch.decode_seconds = time.perf_counter() - start
@@ -86,15 +81,13 @@ def with_features(batches: Iterable[Batch], extractor: Extractor | None) -> Iter
     """Add what the scores are computed from, taken from the very pixels that the PNGs hold."""
     for batch in batches:
         if extractor is not None:
-            start = time.perf_counter()
             pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2).to(extractor.device)
-            outputs = [torch.cat(parts).cpu().numpy() for parts in zip(*map_images(extractor, pixels))]
-            batch.features, batch.logits, batch.dinov2 = (*outputs, None)[:3]  # DINOv2's only if they are wanted
-            batch.score_seconds = time.perf_counter() - start
+            parts = map_images(extractor, pixels)
+            batch.outputs = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         yield batch
 
 
-def check_finite(values: Tensor, what: str, indices: range) -> None:
+def check_finite(values: Tensor, what: str, indices: Sequence[int]) -> None:
     """Raise InputError, naming the images, unless all `values` [B, ...] are finite."""
     broken = [index for index, finite in zip(indices, values.isfinite().flatten(1).all(dim=1).tolist()) if not finite]
     if broken:
@@ -105,7 +98,7 @@ def check_finite(values: Tensor, what: str, indices: range) -> None:
 
 
 def main(job: Job) -> None:
-    evaluate(job, parse_options(__doc__))
+    evaluate(job, parse_options(description=__doc__))
 
 
 if __name__ == "__main__":

@@ -50,19 +50,15 @@ def pack_linear_layers(model: Network) -> Network:
 
     The model is for inference from then on. Results change by no more than rounding.
     """
-    layers = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and can_be_packed(child)
-    ]
-    for parent, name, child in layers:
-        setattr(parent, name, PackedLinear(child))
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear) and can_be_packed(child):
+                setattr(parent, name, PackedLinear(child))
     return model
 
 
 def can_be_packed(linear: nn.Linear) -> bool:
-    """Return whether PyTorch's oneDNN has a packed matmul for this layer, which is no documented interface of it."""
+    """Return whether PyTorch's oneDNN has a packed matmul for this layer, which is no documented interface."""
     weight = linear.weight
     if weight.device.type != "cpu" or linear.bias is None or not torch.backends.mkldnn.is_available():
         return False

@@ -1,6 +1,6 @@
-"""The KL-regularised autoencoder of latent diffusion: images to latents of a lower resolution, and back.
+"""The KL-regularized autoencoder of latent diffusion.
 
-The defaults describe KL-16, whose latents MAR was trained on; parameter names are those of its published weights.
+The defaults are those of KL-16, whose latents MAR was trained on. Parameters are named as in its published weights.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_GROUPS = 32
-
 
 class AutoencoderKL(nn.Module):
     """A convolutional autoencoder with a diagonal Gaussian posterior over its latents.
 
     Args:
-        embed_dim: channels z of the latents.
-        ch: channels at the full resolution before `ch_mult`; a multiple of 32.
-        ch_mult: the width of each resolution level as a multiple of `ch`; each level after the first halves the image.
+        embed_dim:      latent channels z.
+        ch:             channels at the full resolution before `ch_mult`, a multiple of 32.
+        ch_mult:        width of each level as a multiple of `ch`; each level after the first halves the resolution.
         num_res_blocks: residual blocks per encoder level; a decoder level has one more.
-        in_channels: channels of the images, in and out.
-
-    Raises:
-        ValueError: if `ch` is not a multiple of 32.
+        in_channels:    channels of the images.
     """
 
     def __init__(
@@ -36,41 +31,32 @@ class AutoencoderKL(nn.Module):
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
         in_channels: int = 3,
-    ):
+    ) -> None:
         super().__init__()
-        if ch <= 0 or ch % NORM_GROUPS:
-            raise ValueError(f"ch must be a multiple of {NORM_GROUPS} for group normalisation, not {ch}")
         self.embed_dim = embed_dim
-        self.stride_levels = len(ch_mult) - 1
+        self.stride = 2 ** (len(ch_mult) - 1)  # pixels per latent along each side
         widths = [ch * mult for mult in ch_mult]
-        self.encoder = Encoder(in_channels, ch, widths, num_res_blocks, 2 * embed_dim)
-        self.decoder = Decoder(embed_dim, widths, num_res_blocks + 1, in_channels)
+        self.encoder = encoder(in_channels, [ch, *widths], num_res_blocks, 2 * embed_dim)
+        self.decoder = decoder(embed_dim, [*widths, widths[-1]], num_res_blocks + 1, in_channels)
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent position along each side."""
-        return 2**self.stride_levels
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Return the posterior over the latents of images [B, in_channels, H, W] in about [-1, 1].
 
-        Raises:
-            ValueError: if H or W is not a multiple of `stride`.
+        Raises ValueError if H or W is not a multiple of `stride`.
         """
-        height, width = x.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides must be multiples of {self.stride}, not {height} x {width}")
+        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
+            raise ValueError(f"image sides must be multiples of {self.stride}, not {x.shape[-2]} x {x.shape[-1]}")
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Turn latents [B, embed_dim, h, w] into images [B, in_channels, h * stride, w * stride] in about [-1, 1]."""
+        """Return images [B, in_channels, h * stride, w * stride] in about [-1, 1] of latents [B, embed_dim, h, w]."""
         return self.decoder(self.post_quant_conv(z))
 
 
 def for_inference(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
-    """Convert a VAE in place: channels last, and to `dtype` where that is a half precision, otherwise to float32.
+    """Convert a VAE in place: channels last, and to `dtype` if that is a half precision, otherwise to float32.
 
     Rounding in bfloat16 changes pixels by less than their own rounding does (`mar_tiny`: 0.2 of 255 on average).
     """
@@ -81,7 +67,7 @@ def for_inference(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
 class DiagonalGaussian:
     """A Gaussian with independent entries; `parameters` [B, 2z, h, w] holds its mean, then its log variance."""
 
-    def __init__(self, parameters: Tensor):
+    def __init__(self, parameters: Tensor) -> None:
         self.parameters = parameters
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
@@ -100,61 +86,51 @@ class DiagonalGaussian:
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
-class Encoder(nn.Module):
-    """Images [B, C, H, W] to moments [B, out_channels, H / stride, W / stride]."""
+def encoder(in_channels: int, widths: Sequence[int], num_blocks: int, out_channels: int) -> nn.Sequential:
+    """Return layers from images to moments; `widths` are the channels before the first level and of each level."""
+    last = len(widths) - 1
+    return named(
+        conv_in=conv3x3(in_channels, widths[0]),
+        down=nn.Sequential(*(DownLevel(widths[i - 1], widths[i], num_blocks, i == last) for i in range(1, last + 1))),
+        mid=mid(widths[-1]),
+        norm_out=group_norm(widths[-1]),
+        silu=nn.SiLU(),
+        conv_out=conv3x3(widths[-1], out_channels),
+    )
 
-    def __init__(self, in_channels: int, ch: int, widths: Sequence[int], num_blocks: int, out_channels: int):
-        super().__init__()
-        self.conv_in = conv3x3(in_channels, ch)
-        last = len(widths) - 1
-        self.down = nn.Sequential(
-            *(
-                DownLevel(before, width, num_blocks, lowest=level == last)
-                for level, (before, width) in enumerate(zip([ch, *widths[:-1]], widths))
-            )
+
+def decoder(z_channels: int, widths: Sequence[int], num_blocks: int, out_channels: int) -> nn.Sequential:
+    """Return layers from latents to images; `widths` are the channels of each level and below the last."""
+    return named(
+        conv_in=conv3x3(z_channels, widths[-1]),
+        mid=mid(widths[-1]),
+        up=up_levels(widths, num_blocks),
+        norm_out=group_norm(widths[0]),
+        silu=nn.SiLU(),
+        conv_out=conv3x3(widths[0], out_channels),
+    )
+
+
+def up_levels(widths: Sequence[int], num_blocks: int) -> nn.Sequential:
+    """Return the decoder's levels, which run from the last to the first."""
+    levels = {
+        str(i): named(
+            block=residual_blocks(widths[i + 1], widths[i], num_blocks),
+            upsample=upsample(widths[i]) if i else nn.Identity(),
         )
-        self.mid = mid(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = conv3x3(widths[-1], out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class Decoder(nn.Module):
-    """Latents [B, z, h, w] to images [B, out_channels, h * stride, w * stride]."""
-
-    def __init__(self, z_channels: int, widths: Sequence[int], num_blocks: int, out_channels: int):
-        super().__init__()
-        self.conv_in = conv3x3(z_channels, widths[-1])
-        self.mid = mid(widths[-1])
-        # Indexed by resolution, `up.0` the highest, so data passes from the last level to the first.
-        self.up = nn.ModuleList(
-            named(
-                block=residual_blocks(below, width, num_blocks),
-                upsample=upsample(width) if level else nn.Identity(),
-            )
-            for level, (below, width) in enumerate(zip([*widths[1:], widths[-1]], widths))
-        )
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = conv3x3(widths[0], out_channels)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        for i in range(len(widths) - 1)
+    }
+    return named(**dict(reversed(levels.items())))
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, followed by halving it; the lowest level attends after each block instead."""
+    """Residual blocks, then half the resolution; the last level attends after each block and keeps its resolution."""
 
-    def __init__(self, in_channels: int, channels: int, num_blocks: int, lowest: bool):
+    def __init__(self, in_channels: int, channels: int, num_blocks: int, is_last: bool) -> None:
         super().__init__()
         self.block = residual_blocks(in_channels, channels, num_blocks)
-        self.attn = nn.ModuleList(Attention(channels) if lowest else nn.Identity() for _ in self.block)
-        self.downsample = nn.Identity() if lowest else downsample(channels)
+        self.attn = nn.ModuleList(Attention(channels) if is_last else nn.Identity() for _ in self.block)
+        self.downsample = nn.Identity() if is_last else downsample(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attn in zip(self.block, self.attn):
@@ -163,9 +139,9 @@ class DownLevel(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions around a skip connection, projected where the width changes."""
+    """Two normalized convolutions with a skip connection, which is projected where the width changes."""
 
-    def __init__(self, in_channels: int, channels: int):
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
         self.conv1 = conv3x3(in_channels, channels)
@@ -182,13 +158,10 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the positions of a feature map."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -198,7 +171,7 @@ class Attention(nn.Module):
 
 
 def mid(channels: int) -> nn.Sequential:
-    """Return the blocks at the lowest resolution, between the levels and the latents."""
+    """Return the blocks at the lowest resolution."""
     return named(
         block_1=ResnetBlock(channels, channels), attn_1=Attention(channels), block_2=ResnetBlock(channels, channels)
     )
@@ -210,12 +183,12 @@ def residual_blocks(in_channels: int, channels: int, count: int) -> nn.Sequentia
 
 
 def downsample(channels: int) -> nn.Sequential:
-    """Halve the resolution, padding at the right and the bottom only."""
+    """Return layers that halve the resolution, padding at the right and the bottom only."""
     return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
 
 
 def upsample(channels: int) -> nn.Sequential:
-    """Double the resolution by repeating pixels, then smooth by a convolution."""
+    """Return layers that double the resolution by repeating pixels, and smooth it by a convolution."""
     return named(repeat=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv3x3(channels, channels))
 
 
@@ -224,7 +197,7 @@ def conv3x3(in_channels: int, channels: int) -> nn.Conv2d:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

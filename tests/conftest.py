@@ -9,7 +9,30 @@ import torch
 import torch_fidelity
 from torch import nn
 
-from util.extractors import INCEPTION_FILE
+from util.extractors import INCEPTION_FILE, load_classifier
+
+
+class RegisteredClassifier(torch_fidelity.FeatureExtractorBase):
+    """The Fashion-MNIST classifier as torch-fidelity takes it, so that tests can compare with its own scores."""
+
+    def __init__(self, name: str, features_list: list[str], **_: object) -> None:
+        super().__init__(name, features_list)
+        self.classifier = load_classifier()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = dict(zip(("features", "logits"), self.classifier(images)))
+        return tuple(outputs[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+
+torch_fidelity.register_feature_extractor("fashion-classifier", RegisteredClassifier)
 
 
 @pytest.fixture(scope="module")

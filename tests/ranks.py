@@ -12,8 +12,8 @@ import torch
 
 import eval as program
 from models import PRESETS, AutoencoderKL, create_model
-from util.job.processes import launch
-from util.weights.checkpoint import save_safetensors
+from util.processes import launch
+from util.weights import save_safetensors
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["eval"])
@@ -25,7 +25,6 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["eval.py", *arguments]
-
     torch.set_num_threads(1)
     code = launch(program.main)
     sys.stdout.flush()
@@ -65,13 +64,14 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
-        """The ranks' exit codes; None for one that still runs after so many seconds, which is then killed."""
+    def wait(self) -> list[int | None]:
+        """The ranks' exit codes, when all have ended."""
         for process in self.processes:
-            process.join(seconds)
-        codes = [process.exitcode for process in self.processes]
-        self.kill()
-        return codes
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
 
     def signal(self, number: int) -> None:
         for process in self.processes:

@@ -7,11 +7,11 @@ import torch
 from test_methods import short_settings
 from tools import FIELDS, GUIDANCE, LABELS, SETTINGS, make_sampler, perturb, random_model, relative_error
 from torch import Tensor
+from util.job.progress import StepProgress
 
 from models import CachePolicy, ImageNoise, cast_model, create_model, sample_tokens
 from models.diffloss import timestep_sinusoids
 from models.lazymar.graphs import CudaCapture
-from util.job.progress import StepProgress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RUNS = {

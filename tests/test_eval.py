@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -18,22 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
 from ranks import Ranks, free_port, make_weights
 
 import eval as program
-from models import PRESETS, create_model, find_method
-from score import main as score_folder
-from util.job.processes import launch
-from util.runs.options import check, parse_options
-from util.scoring.scores import load_extractor
-from util.weights.checkpoint import save_safetensors
+from models import create_model, find_method
+from util.extractors import load_extractor
+from util.options import parse_options
+from util.processes import launch
+from util.weights import save_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, BATCH_SIZE = 24, 2
-SLOW = ["--num_images", 40, "--num_iter", 16, "--num_sampling_steps", 8]  # long enough to be disturbed
+SLOW = ["--num_images", 30, "--num_iter", 16, "--num_sampling_steps", 8]  # long enough to be disturbed
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +51,7 @@ def command(weights):
 
 def run(arguments: list[str]) -> int:
     """eval.py in this process; returns its exit code."""
-    return launch(lambda job: program.evaluate(job, parse_options("", arguments)))
+    return launch(lambda job: program.evaluate(job, parse_options(arguments)))
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +84,12 @@ def images(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "images").glob("*.png")}
 
 
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
 def scores(folder: Path) -> dict:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {name: value for name, value in metrics.items() if name.startswith(("fid", "isc"))}
+    return {name: value for name, value in read_metrics(folder).items() if name.startswith(("fid", "isc"))}
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -99,180 +98,123 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert not list(folder.rglob("*.partial"))
 
 
-def wait_until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
 def records(folder: Path) -> int:
     return len(list((folder / "batches").glob("*.npz")))
+
+
+def wait_until(condition, is_alive) -> None:
+    """Wait for a condition as long as the processes that bring it about live."""
+    while not condition():
+        assert is_alive() or condition(), "the processes have ended"
+        time.sleep(0.02)
 
 
 # The same images
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_images_and_scores_are_the_same_in_every_world(world_size, tmp_path, command, whole):
-    job = Ranks(command(tmp_path / "run"), tmp_path / "log", world_size)
-    assert job.wait() == [0] * world_size, job.log.read_text()
+def test_images_and_scores_are_the_same_in_every_world(tmp_path, command, whole):
+    job = Ranks(command(tmp_path / "run"), tmp_path / "log", 3)
+    assert job.wait() == [0] * 3, job.log.read_text()
     assert_same(tmp_path / "run", whole)
-    log = job.log.read_text()
-    made = [int(line.split()[2]) for line in log.splitlines() if line.startswith("rank ")]
-    assert len(made) == world_size and sum(made) == NUM_IMAGES, log
+    log = job.log.read_text().splitlines()
+    assert log[0].startswith("cpu (1 threads of ") and log[0].endswith(", float32, world size 3")
+    assert any("of 24 images" in line for line in log), "no progress where there is no terminal"
 
 
-def test_another_batch_size_changes_a_pixel_by_one_at_most(tmp_path, command, whole):
-    assert run(command(tmp_path / "run", "--eval_bsz", 5)) == 0
+def test_a_run_goes_on_with_another_batch_size(copy, command, capsys, whole):
+    for number in (4, 6, 8, 20):
+        (copy / "batches" / f"{number:06d}.npz").unlink()
+    for index in (4, 5, 6, 9):
+        (copy / "images" / f"{index:06d}.png").unlink()
+    assert run(command(copy, "--eval_bsz", 5)) == 0
+    assert "rounded differently (eval_bsz 2 there, 5 now)" in capsys.readouterr().out
     pixels = [
         np.stack([np.array(Image.open(path)).astype(int) for path in sorted((folder / "images").iterdir())])
-        for folder in (whole, tmp_path / "run")
+        for folder in (whole, copy)
     ]
     difference = abs(pixels[0] - pixels[1])
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     assert pixels[0].std() > 1, "the images are blank, so that they show nothing"
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["timed_images"] == 3 * 5  # neither the first batch nor the last, the first of its size
+    sizes = {path.name: len(np.load(path)["indices"]) for path in (copy / "batches").iterdir()}
+    assert sizes["000004.npz"] == 5 and sizes["000009.npz"] == 3 and sum(sizes.values()) == NUM_IMAGES
+    assert scores(copy)["fid_fashion_classifier"] == pytest.approx(scores(whole)["fid_fashion_classifier"], rel=1e-3)
 
 
-def test_scores_are_those_of_torch_fidelity_on_the_folder(whole, tmp_path):
-    isc = torch_fidelity.calculate_metrics(
-        input1=str(whole / "images"), feature_extractor="fashion-classifier", isc=True, cuda=False, verbose=False
-    )
-    assert scores(whole)["isc_fashion_classifier_mean"] == pytest.approx(isc["inception_score_mean"], rel=1e-6)
-    assert scores(whole)["isc_fashion_classifier_std"] == pytest.approx(isc["inception_score_std"], rel=1e-4)
-    statistics, report = str(ROOT / PRESETS["mar_tiny"].statistics_path), tmp_path / "report.json"
-    arguments = ["--features", "fashion", "--statistics", statistics, "--json", str(report)]
-    assert score_folder(["evaluate", str(whole / "images"), *arguments]) == 0
-    fid = json.loads(report.read_text())["fid_fashion_classifier"]
-    assert scores(whole)["fid_fashion_classifier"] == pytest.approx(fid, rel=1e-6)
-    # The features are those of the PNGs.
-    record = np.load(whole / "batches" / "000003.npz")
+def test_the_features_that_are_scored_are_those_of_the_pngs(whole):
+    record = np.load(whole / "batches" / "000006.npz")
     pngs = [np.array(Image.open(whole / "images" / f"{index:06d}.png")) for index in (6, 7)]
-    features = [load_extractor("fashion")(torch.from_numpy(png).permute(2, 0, 1)[None])[0] for png in pngs]
+    features = [load_extractor("fashion")(torch.from_numpy(png).permute(2, 0, 1)[None])["features"] for png in pngs]
     np.testing.assert_allclose(record["features"], torch.cat(features).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_metrics_tell_what_was_measured(whole):
-    metrics = json.loads((whole / "metrics.json").read_text())
+    metrics = read_metrics(whole)
     assert metrics["num_images"] == NUM_IMAGES and metrics["timed_images"] == NUM_IMAGES - BATCH_SIZE
     assert 0 < metrics["sampling_seconds"] < metrics["seconds_per_image"] < 60
     assert metrics["flops_per_image"] == sum(metrics["flops_by_part"].values()) > 1e9
-    assert (
-        metrics["settings"]["cache"]["refresh_interval"] == 9 and metrics["environment"]["torch"] == torch.__version__
-    )
+    assert metrics["settings"]["refresh_interval"] == 9
+    assert metrics["environment"]["torch"] == torch.__version__
     assert metrics["method"] == "lazymar, num_iter 3, num_sampling_steps 3, start_step 1"
-    assert sum(metrics["images_by_worker"].values()) == NUM_IMAGES
-    with Image.open(whole / "grid.png") as grid:
-        assert grid.size == (8 * 66 + 2, 3 * 66 + 2)
+    assert json.loads((whole / "run.json").read_text())["settings"] == metrics["settings"]
+    assert np.array(Image.open(whole / "grid.png")).shape == (3 * 66 + 2, 8 * 66 + 2, 3)
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory, whole) -> Path:
-    """A reference file with everything: of a finished run's own images, noise added."""
-    folder = tmp_path_factory.mktemp("reference")
-    chance = np.random.default_rng(0)
-    for path in (whole / "images").glob("*.png"):
-        pixels = np.array(Image.open(path)) // 2 + chance.integers(0, 90, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / path.name)
-    flags = ["--keep_features", "20", "--fd_dinov2", "--features", "fashion", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.hub, "load", random_dinov2)
-        assert score_folder(["statistics", str(folder), "--output", str(folder / "reference.npz"), *flags]) == 0
-    return folder / "reference.npz"
-
-
-def random_dinov2(*_: str) -> torch.nn.Module:
-    """A network with random weights in the place of what PyTorch's hub would fetch."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return torch.nn.Sequential(
-            torch.nn.Conv2d(3, 64, 14, 14), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()
-        )
-
-
-MORE_SCORES = ["--precision_recall", "--kid", "--standard_errors"]
-
-
-def test_more_scores_come_from_what_a_finished_run_has_stored(copy, command, monkeypatch, reference, tmp_path):
-    monkeypatch.setattr(program.Sampler, "__call__", None)
-    monkeypatch.setattr(program, "map_images", None)  # no image is made, read or scored again
-    assert run(command(copy, "--statistics", reference, *MORE_SCORES)) == 0
-    report, images = tmp_path / "report.json", str(copy / "images")
-    flags = ["--features", "fashion", "--reference", str(reference), "--json", str(report), "--device", "cpu"]
-    assert score_folder(["evaluate", images, *MORE_SCORES[:2], *flags]) == 0
-    found, expected = (json.loads(path.read_text()) for path in (copy / "metrics.json", report))
-    for name in ("precision", "recall", "kid"):
-        key = f"{name}_fashion_classifier{'_mean' * (name == 'kid')}"
-        assert found[key] == pytest.approx(expected[key], rel=1e-4)
-        assert found["standard_errors"][key] >= 0
-    assert found["standard_errors"]["fid_fashion_classifier"] > 0
-
-
-def test_a_second_extractor_stores_its_features_in_the_same_pass(
-    tmp_path, copy, command, monkeypatch, reference, whole
-):
-    monkeypatch.setattr(torch.hub, "load", random_dinov2)
-    flags = ["--statistics", reference, "--fd_dinov2"]
-    assert run(command(tmp_path / "run", *flags)) == 0
-    assert images(tmp_path / "run") == images(whole)
-    monkeypatch.setattr(program.Sampler, "__call__", None)
-    assert run(command(copy, *flags)) == 0  # those that a finished run lacks come from its PNGs
-    for number in range(NUM_IMAGES // BATCH_SIZE):
-        records = [np.load(folder / "batches" / f"{number:06d}.npz") for folder in (tmp_path / "run", copy, whole)]
-        assert records[0]["dinov2"].shape == (BATCH_SIZE, 1024) and "dinov2" not in records[2]
-        np.testing.assert_array_equal(records[0]["dinov2"], records[1]["dinov2"])
-        np.testing.assert_array_equal(records[1]["features"], records[2]["features"])
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "run", copy)]
-    assert metrics[0]["fd_dinov2"] == metrics[1]["fd_dinov2"] > 0
-    monkeypatch.setattr(program, "map_images", None)
-    assert run(command(copy)) == 0  # the run is still whole without the flag
-    assert_same(copy, whole)
-
-
-def test_several_seeds_make_a_run_each_with_mean_and_spread(tmp_path, command, capsys, monkeypatch, whole):
-    folder = tmp_path / "runs"
-    assert run(command(folder, "--seed", "0,3")) == 0
-    assert images(folder / "seed-0") == images(whole) != images(folder / "seed-3")
-    both = [json.loads((folder / f"seed-{seed}" / "metrics.json").read_text()) for seed in (0, 3)]
+def test_several_seeds_and_cfg_scales_make_a_run_each_with_means_and_a_table(tmp_path, command, capsys, monkeypatch):
+    folder, few = tmp_path / "runs", ["--num_images", 4]
+    assert run(command(folder, *few, "--seed", "0,3")) == 0
+    fids = [read_metrics(folder / f"seed-{seed}")["fid_fashion_classifier"] for seed in (0, 3)]
     summary = json.loads((folder / "seeds.json").read_text())
-    fids = [metrics["fid_fashion_classifier"] for metrics in both]
-    assert summary["seeds"] == [0, 3] and summary["num_images"] == NUM_IMAGES
+    assert (summary["cfg"], summary["seeds"], summary["num_images"]) == (5, [0, 3], 4)
     assert summary["mean"]["fid_fashion_classifier"] == pytest.approx(np.mean(fids))
-    assert summary["spread"]["fid_fashion_classifier"] == pytest.approx(np.std(fids, ddof=1))
-    assert "seeds 0, 3, 24 images each: mean ± standard deviation" in capsys.readouterr().out
-    # A command that was cut off goes on, and a third seed may come later.
-    (folder / "seeds.json").unlink()
-    (folder / "seed-3" / "batches" / "000005.npz").unlink()
-    assert run(command(folder, "--seed", "0,3")) == 0
-    assert json.loads((folder / "seeds.json").read_text())["mean"]["fid_fashion_classifier"] == np.mean(fids)
-    assert run(command(folder / "seed-0", "--seed", "0,3")) == 2
-    assert "holds the run of a single seed" in capsys.readouterr().err
-    monkeypatch.setattr(program.Sampler, "__call__", None)
-    assert run(command(folder, "--seed", "3,0")) == 0
+    assert summary["spread"]["fid_fashion_classifier"] == pytest.approx(np.std(fids, ddof=1)) != 0
+    assert run(command(folder / "seed-0", *few, "--seed", "0,3")) == 2
+    assert "holds a single run" in capsys.readouterr().err
+    assert run(command(tmp_path / "more", *few, "--cfg", "5,1.5", "--seed", "0,3")) == 0
+    assert images(tmp_path / "more" / "cfg-5-seed-3") == images(folder / "seed-3") != images(folder / "seed-0")
+    summaries = json.loads((tmp_path / "more" / "cfgs.json").read_text())["cfgs"]
+    assert [each["cfg"] for each in summaries] == [5, 1.5]
+    assert summaries[0]["mean"]["fid_fashion_classifier"] == pytest.approx(np.mean(fids))
+    table = capsys.readouterr().out.rpartition("seeds 0, 3, 4 images each")[2].splitlines()
+    assert table[1].split() == ["cfg", "5", "1.5"] and any(line.startswith("fid_fashion_classifier ") for line in table)
+    monkeypatch.setattr(program.Sampler, "__call__", None)  # all images are there
+    assert run(command(folder, *few, "--seed", "3,0")) == 0
     # Every folder is checked before the first run.
-    assert run(command(folder, "--seed", "7,0", "--start_step", "2")) == 2
+    assert run(command(folder, *few, "--seed", "7,0", "--start_step", "2")) == 2
     assert "seed-0 holds a run with other settings" in capsys.readouterr().err and not (folder / "seed-7").exists()
+
+
+def test_chosen_classes_take_turns(tmp_path, command, capsys):
+    assert run(command(tmp_path / "one", "--class_labels", "7", "--num_images", 5)) == 0
+    made = images(tmp_path / "one")
+    assert len(set(made.values())) == 5 and not scores(tmp_path / "one")
+    assert run(command(tmp_path / "three", "--class_labels", "1,1,9", "--num_images", 3)) == 0
+    assert len(set(images(tmp_path / "three").values())) == 3
+    assert np.array(Image.open(tmp_path / "three" / "grid.png")).shape == (66 + 2, 3 * 66 + 2, 3)
+
+
+def test_another_number_of_classes_needs_weights_for_it(tmp_path, command, capsys):
+    save_safetensors(create_model("mar_tiny", class_num=3).state_dict(), tmp_path / "three.safetensors", {})
+    flags = ["--class_num", 3, "--resume", tmp_path / "three.safetensors", "--num_images", 4, "--no-score"]
+    assert run(command(tmp_path / "run", *flags)) == 0
+    assert len(images(tmp_path / "run")) == 4
+    assert run(command(tmp_path / "run", *flags, "--class_labels", 3)) == 2
+    assert "--class_labels must be classes of mar_tiny, from 0 to 2" in capsys.readouterr().err
 
 
 # Nothing is lost
 
 
-def test_a_run_killed_ten_times_ends_with_the_same_bytes(tmp_path, command, slow_whole):
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, command, slow_whole):
     folder, chance, finished = tmp_path / "run", random.Random(0), [0]
-    for attempt in range(10):
+    for attempt in range(6):
         job = Ranks(command(folder, *SLOW), tmp_path / "log", 1 + attempt % 2)
-        # Some kills come at any time from the first moment on, the others soon after a batch was written.
-        deadline = time.monotonic() + (20 if attempt % 3 else 0)
-        while records(folder) == finished[-1] and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if attempt % 3:  # soon after a batch was written; else at any time from the first moment on
+            wait_until(lambda: records(folder) > finished[-1], job.is_alive)
         time.sleep(chance.uniform(0, 0.3 if attempt % 3 else 2))
         finished.append(records(folder))
         job.kill()
         assert finished[-1] <= records(folder), "a finished batch was lost"
         assert images(folder).items() <= images(slow_whole).items(), "a file was half-written"
-    assert len(set(finished)) > 4 and finished[-2] < len(images(slow_whole)) // BATCH_SIZE, finished
     job = Ranks(command(folder, *SLOW), tmp_path / "log")
     assert job.wait() == [0], job.log.read_text()
     assert_same(folder, slow_whole)
@@ -281,69 +223,44 @@ def test_a_run_killed_ten_times_ends_with_the_same_bytes(tmp_path, command, slow
 def test_what_was_damaged_is_made_again_and_nothing_else(copy, command, whole):
     (copy / "images" / "000003.png").unlink()
     os.truncate(copy / "images" / "000010.png", 100)
-    with open(copy / "images" / "000011.png", "r+b") as file:
-        file.seek(-8, os.SEEK_END)
-        file.write(bytes(8))
-    os.truncate(copy / "batches" / "000007.npz", 500)
-    (copy / "batches" / "000009.npz").unlink()
+    os.truncate(copy / "batches" / "000014.npz", 500)
+    (copy / "batches" / "000018.npz").unlink()
     (copy / "images" / ".000001.png.1.partial").write_bytes(b"half")
-    damaged = {"000003.png", "000010.png", "000011.png", "000007.npz", "000009.npz", "metrics.json", "grid.png"}
+    records_made = (f"{number:06d}.npz" for number in (2, 10, 14, 18))
+    made = {"000003.png", "000010.png", *records_made, "metrics.json", "grid.png"}
     times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.*")}
     assert run(command(copy)) == 0
     assert_same(copy, whole)
-    assert {path.name for path in copy.rglob("*.*") if path.stat().st_mtime_ns != times.get(path)} == damaged
-
-
-def test_a_run_of_a_composition_goes_on_as_it_began(tmp_path, command, capsys):
-    few = ["--num_images", 4, "--method", "lazymar+gtr", "--num_iter", "3,2,1", "--detailed_tokens", "0.1:4"]
-    arguments = command(tmp_path / "run", *few, "--num_sampling_steps", "4:2:generation")
-    assert run(arguments) == 0
-    assert "method lazymar+gtr, num_iter 3,2,1, num_sampling_steps 4:2:generation" in capsys.readouterr().out
-    made = images(tmp_path / "run")
-    for lost in ("images/000003.png", "batches/000001.npz", "metrics.json"):
-        (tmp_path / "run" / lost).unlink()
-    assert run(arguments) == 0 and images(tmp_path / "run") == made and len(made) == 4
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["settings"]["num_iter"] == [3, 2, 1] and metrics["settings"]["num_stages"] == 3
-    assert run([*arguments, "--detailed_tokens", "0.1:3"]) == 2
-    assert "detailed_tokens 0.1:4 there, 0.1:3 now" in capsys.readouterr().err
-
-
-def test_a_finished_run_samples_nothing(copy, command, monkeypatch, whole):
-    monkeypatch.setattr(program.Sampler, "__call__", None)
-    (copy / "metrics.json").unlink()
-    assert run(command(copy)) == 0
-    assert_same(copy, whole)
+    changed = {path.name for path in copy.rglob("*.*") if path.stat().st_mtime_ns != times.get(path)}
+    assert changed == made
 
 
 def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole):
     assert run(command(tmp_path / "run", "--no-score", "--statistics", "nowhere")) == 0
     assert not scores(tmp_path / "run")
-    monkeypatch.setattr(program.Sampler, "__call__", None)
+    monkeypatch.setattr(program.Sampler, "__call__", None)  # nothing is sampled
     assert run(command(tmp_path / "run")) == 0
     assert_same(tmp_path / "run", whole)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["timed_images"] == NUM_IMAGES - BATCH_SIZE
+    assert read_metrics(tmp_path / "run")["timed_images"] == NUM_IMAGES - BATCH_SIZE
+    monkeypatch.setattr(program, "map_images", None)  # nor is any image scored again
+    assert run(command(tmp_path / "run", "--standard_errors")) == 0
+    assert read_metrics(tmp_path / "run")["standard_errors"]["fid_fashion_classifier"] > 0
 
 
 def test_without_images_only_those_of_the_grid_are_written(tmp_path, command, monkeypatch, whole):
-    monkeypatch.setattr("util.runs.run.GRID_IMAGES", 3)
+    monkeypatch.setattr("util.run.GRID_IMAGES", 3)
     assert run(command(tmp_path / "run", "--no_save_images")) == 0
     assert images(tmp_path / "run").keys() == {"000000.png", "000001.png", "000002.png"}
     assert scores(tmp_path / "run") == scores(whole)
 
 
-def test_chosen_classes_make_one_image_each(tmp_path, command, whole):
-    assert run(command(tmp_path / "run", "--class_labels", "1,1,9")) == 0
-    made = images(tmp_path / "run")
-    assert len(set(made.values())) == 3 and not scores(tmp_path / "run")
-    with Image.open(tmp_path / "run" / "grid.png") as grid:
-        assert grid.size == (3 * 66 + 2, 66 + 2)
-
-
-def test_other_settings_are_refused_unless_the_run_is_given_up(copy, command, capsys, whole):
+def test_other_settings_and_weights_are_refused_unless_the_run_is_given_up(copy, command, capsys, tmp_path, whole):
     assert run(command(copy, "--seed", 1, "--start_step", 3)) == 2
     message = capsys.readouterr().err
-    assert "seed 0 there, 1 now; cache.start_step 1 there, 3 now" in message and "--overwrite" in message
+    assert "seed 0 there, 1 now; start_step 1 there, 3 now" in message and "--overwrite" in message
+    save_safetensors(create_model("mar_tiny").state_dict(), tmp_path / "other.safetensors", {})
+    assert run(command(copy, "--resume", tmp_path / "other.safetensors")) == 2
+    assert "sha256 of mar_tiny" in capsys.readouterr().err
     assert_same(copy, whole)
     assert run(command(copy, "--seed", 1, "--start_step", 3, "--overwrite")) == 0
     assert len(images(copy)) == NUM_IMAGES and not set(images(copy).values()) & set(images(whole).values())
@@ -355,62 +272,50 @@ def test_a_run_goes_on_after_the_code_was_edited(copy, command, capsys, monkeypa
     assert run(command(copy)) == 0
     assert "may be rounded differently (code " in capsys.readouterr().out
     assert_same(copy, whole)
-    monkeypatch.setattr("util.runs.options.SAMPLER_VERSION", 2)
+    monkeypatch.setattr("util.options.SAMPLER_VERSION", 99)  # the sampler makes other images
     assert run(command(copy)) == 2
-    assert "a run of version 1 of the sampler, and version 2 makes other images" in capsys.readouterr().err
+    assert "there, 99 now" in capsys.readouterr().err
 
 
-def test_a_restart_by_torchrun_does_not_overwrite_again(copy, command, monkeypatch, whole, capsys):
-    again = command(copy, "--overwrite")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
-    assert run(again) == 0
-    monkeypatch.setattr(program.Sampler, "__call__", None)
-    capsys.readouterr()
-    assert run(again) == 0
-    assert "give it another --rdzv_id than this launch" in capsys.readouterr().out
-    assert_same(copy, whole)
-    monkeypatch.undo()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
-    (copy / "images" / "000000.png").write_bytes(b"not an image of this run")
-    assert run([*again, "--no-score"]) == 0
-    assert images(copy) == images(whole)
-
-
-def test_other_weights_are_refused(copy, command, capsys, tmp_path, weights):
-    other = tmp_path / "other.safetensors"
-    save_safetensors(create_model("mar_tiny").state_dict(), other, {})
-    assert run(command(copy, "--resume", other)) == 2
-    assert "sha256 of mar_tiny" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_run_when_its_work_is_safe(number, tmp_path, command, slow_whole):
+def test_a_signal_to_one_rank_stops_all_when_their_work_is_safe(tmp_path, command, slow_whole):
     folder = tmp_path / "run"
     job = Ranks(command(folder, *SLOW), tmp_path / "log", 2)
-    wait_until(lambda: records(folder) > 1)
-    os.kill(job.processes[1].pid, number)  # one rank passes it on
-    assert job.wait(30) == [128 + number] * 2
+    wait_until(lambda: records(folder) > 1, job.is_alive)
+    os.kill(job.processes[1].pid, signal.SIGTERM)
+    assert job.wait() == [143] * 2
     log = job.log.read_text()
-    assert f"stopped by {number.name}; to go on: torchrun" in log and "--lazy_mar" in log and "Traceback" not in log
+    assert "stopped by SIGTERM; to go on: torchrun" in log and "--lazy_mar" in log and "Traceback" not in log
     assert 1 < records(folder) < len(images(slow_whole)) // BATCH_SIZE, "the signal came too late to show anything"
-    assert len(images(folder)) == BATCH_SIZE * records(folder), "work in flight was not finished"
+    assert len(images(folder)) == BATCH_SIZE * records(folder), "work in hand was not finished"
+    job = Ranks(command(folder, *SLOW), tmp_path / "log")
+    wait_until(lambda: "images are there\n" in job.log.read_text().partition("to go on")[2], job.is_alive)
+    job.signal(signal.SIGINT)
+    assert job.wait() == [130]
     assert run(command(folder, *SLOW)) == 0
     assert_same(folder, slow_whole)
 
 
-def test_a_second_signal_stops_at_once(tmp_path, command):
+def test_a_second_signal_stops_at_once_and_a_folder_in_use_is_refused(tmp_path, command, capsys):
     # One batch takes minutes, so only the second signal can be what ends it.
-    job = Ranks(
-        command(tmp_path / "run", "--eval_bsz", NUM_IMAGES, "--num_iter", 256, "--num_sampling_steps", 1000),
-        tmp_path / "log",
-    )
-    wait_until(lambda: "0 of 24 images are there" in job.log.read_text() if job.log.exists() else False)
-    wait_until(lambda: "s per image, about " in job.log.read_text())  # it moves by steps
+    endless = command(tmp_path / "run", "--eval_bsz", NUM_IMAGES, "--num_iter", 256, "--num_sampling_steps", 1000)
+    job = Ranks(endless, tmp_path / "log")
+    wait_until(lambda: job.log.exists() and " 0.0 of 24 images" in job.log.read_text(), job.is_alive)
+    assert run(endless) == 2
+    assert "is in use by another launch" in capsys.readouterr().err
     job.signal(signal.SIGTERM)
-    time.sleep(1.5)
-    assert job.processes[0].is_alive()
+    wait_until(lambda: "finishing the batch in hand" in job.log.read_text(), job.is_alive)
+    time.sleep(1.5)  # signals within a second count as one
+    assert job.is_alive()
     job.signal(signal.SIGTERM)
-    assert job.wait(5) == [143]
+    assert job.wait() == [143]
+
+
+def test_progress_moves_within_a_batch(tmp_path, command, capsys, monkeypatch):
+    monkeypatch.setattr("util.run.LINE_SECONDS", 0)
+    assert run(command(tmp_path / "run", "--num_images", 8, "--eval_bsz", 8, "--no-score")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line.split("| ")[-1].split(" of ")[0] for line in lines if "images [" in line]
+    assert shown[0] == "0.0" and shown[-1] == "8.0" and len(set(shown)) > 3, shown
 
 
 def torchrun(log: Path, *flags: str, arguments: list[str]) -> subprocess.Popen:
@@ -425,98 +330,74 @@ def workers(agent: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in listing.split()]
 
 
-def test_a_dead_rank_ends_the_job_and_two_machines_with_restarts_finish_it(tmp_path, command, slow_whole):
+def test_two_machines_with_restarts_finish_after_a_rank_died(tmp_path, command, slow_whole):
     folder, log = tmp_path / "run", tmp_path / "log"
-    agent = torchrun(log, "--nproc_per_node=2", arguments=command(folder, *SLOW))
-    wait_until(lambda: records(folder) > 1)
-    os.kill(workers(agent)[-1], signal.SIGKILL)
-    assert agent.wait(30) != 0
-    assert records(folder) < len(images(slow_whole)) // BATCH_SIZE, "the job was over before its rank died"
-
     endpoint = f"--rdzv_endpoint=localhost:{free_port()}"
     flags = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=2", "--rdzv_backend=c10d", "--rdzv_id=test", endpoint]
-    before = records(folder)
     agents = [torchrun(log, *flags, arguments=command(folder, *SLOW)) for _ in range(2)]
-    wait_until(lambda: records(folder) > before)
+    wait_until(lambda: records(folder) > 1, lambda: all(agent.poll() is None for agent in agents))
     os.kill(workers(agents[1])[-1], signal.SIGKILL)
-    assert [agent.wait(90) for agent in agents] == [0, 0], log.read_text()
+    assert records(folder) < len(images(slow_whole)) // BATCH_SIZE, "the job was over before its rank died"
+    assert [agent.wait() for agent in agents] == [0, 0], log.read_text()
     assert_same(folder, slow_whole)
+    assert log.read_text().count("images are there") == 2, "the job was not started again"
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path):
-    """A disk of 4 MB, and functions that leave it so many bytes, and all again.
+@pytest.mark.parametrize("fault", ["full disk", "folder gone"])
+def test_a_fault_of_the_disk_is_one_sentence_and_the_run_goes_on(fault, tmp_path, command, capsys, monkeypatch, whole):
+    folder, sample, limits = tmp_path / "run", program.Sampler.__call__, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    Where mounting one takes privileges that we lack, the size of a file is limited instead.
-    """
-    folder.mkdir()
-    ballast, limits = folder / "ballast", resource.getrlimit(resource.RLIMIT_FSIZE)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode == 0:
-
-        def fill(left: int) -> None:
-            with contextlib.suppress(OSError):  # a writer was faster
-                ballast.write_bytes(bytes(shutil.disk_usage(folder).free - left))
-
-        try:
-            yield fill, ballast.unlink
-        finally:
-            subprocess.run(["umount", folder], check=True)
-    else:
-        try:
-            yield (
-                lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1])),
-                lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
-            )
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_ends_clean_and_the_run_goes_on(tmp_path, command, capsys, monkeypatch, whole):
-    with small_disk(tmp_path / "disk") as (fill, make_room):
-        folder, sample, filled = tmp_path / "disk" / "run", program.Sampler.__call__, []
-
-        def fill_after_some_batches(*arguments, **options):
-            if records(folder) > 3 and not filled:
-                filled.append(fill(6_000))
-            return sample(*arguments, **options)
-
-        monkeypatch.setattr(program.Sampler, "__call__", fill_after_some_batches)
-        assert run(command(folder)) == 2
-        message = capsys.readouterr().err
-        assert "cannot write to" in message and "nothing written before is damaged" in message
-        assert "Traceback" not in message
-        assert 3 < records(folder) < NUM_IMAGES // BATCH_SIZE
-        assert images(folder).items() <= images(whole).items()
-        for path in (folder / "batches").glob("*.npz"):
-            assert len(np.load(path)["features"]) == BATCH_SIZE
-        make_room()
-        monkeypatch.undo()
-        assert run(command(folder)) == 0
-        assert_same(folder, whole)
-
-
-def test_a_folder_that_goes_is_not_made_again(tmp_path, command, capsys, monkeypatch):
-    folder, sample = tmp_path / "run", program.Sampler.__call__
-
-    def remove_after_some_batches(*arguments, **options):
-        if records(folder) > 2:
+    def fail_after_some_batches(*arguments, **options):
+        if records(folder) > 3 and fault == "full disk":  # no file may have more bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        elif records(folder) > 3:
             folder.rename(tmp_path / "elsewhere")
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(program.Sampler, "__call__", remove_after_some_batches)
-    assert run(command(folder)) == 2
-    assert f"cannot write to {folder}" in capsys.readouterr().err
-    assert not list(folder.rglob("*.npz"))
+    monkeypatch.setattr(program.Sampler, "__call__", fail_after_some_batches)
+    try:
+        assert run(command(folder)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert f"cannot write to {folder}" in message and "nothing written before is damaged" in message
+    assert "Traceback" not in message
+    if fault == "folder gone":
+        assert not list(folder.rglob("*.npz")), "the folder was made again"
+        (tmp_path / "elsewhere").rename(folder)
+    assert 3 < records(folder) < NUM_IMAGES // BATCH_SIZE and images(folder).items() <= images(whole).items()
+    monkeypatch.undo()
+    assert run(command(folder)) == 0
+    assert_same(folder, whole)
+
+
+def test_a_batch_that_runs_out_of_memory_is_made_again_without_graphs(tmp_path, command, capsys, monkeypatch, whole):
+    """Stands in for a GPU's memory: one batch fails once in the sampler and one in the VAE, then all do."""
+    calls, dropped, sample, decode = [], [], program.Sampler.__call__, program.decode
+
+    def failing(function, at):
+        def call(*arguments, **options):
+            calls.append(function)
+            if at(calls.count(function)):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return function(*arguments, **options)
+
+        return call
+
+    drop = program.Sampler.drop_graphs
+    monkeypatch.setattr(program.Sampler, "drop_graphs", lambda sampler: (dropped.append(sampler), drop(sampler)))
+    monkeypatch.setattr(program.Sampler, "__call__", failing(sample, lambda count: count == 2))
+    monkeypatch.setattr(program, "decode", failing(decode, lambda count: count == 4))
+    assert run(command(tmp_path / "run")) == 0
+    assert len(dropped) == 2 and "without CUDA graphs" in capsys.readouterr().out
+    assert_same(tmp_path / "run", whole)
+    monkeypatch.setattr(program.Sampler, "__call__", failing(sample, lambda count: True))
+    assert run(command(tmp_path / "other")) == 2
+    message = capsys.readouterr().err
+    assert "add --no-cuda_graphs, or if that is not enough give --eval_bsz 1; either continues in the" in message
 
 
 # Bad input
-
-
-def weights_with_nan(tmp_path: Path) -> Path:
-    model = create_model("mar_tiny")
-    model.class_emb.weight.data[7] = float("nan")
-    save_safetensors(model.state_dict(), tmp_path / "nan.safetensors", {})
-    return tmp_path / "nan.safetensors"
 
 
 def empty_statistics(tmp_path: Path) -> Path:
@@ -538,142 +419,55 @@ def foreign_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "mar_giant"], "--model: invalid choice: 'mar_giant'"),
-        (["--model", "mar_huge", "--no-score"], "is a mar_tiny checkpoint, not mar_huge"),
-        (["--frobnicate"], "--frobnicate"),
+        (["--model", "mar_huge", "--no-score", "--eval_bsz", "1"], "mar_huge"),
         (["--num_iter", "0"], "--num_iter must be 1 to the number of tokens, 256, not 0"),
-        (["--num_iter", "257"], "--num_iter"),
-        (["--num_iter", "many"], "--num_iter: invalid N,... value: 'many'"),
-        (["--cfg", "0.5"], "--cfg must be a finite number of at least 1"),
-        (["--cfg", "nan"], "--cfg"),
-        (["--cfg_schedule", "cosine"], "--cfg_schedule"),
-        (["--temperature", "-1"], "--temperature"),
-        (["--temperature", "inf"], "--temperature"),
-        (["--num_sampling_steps", "1"], "--num_sampling_steps must be 2 to 1000"),
-        (["--num_sampling_steps", "1001"], "--num_sampling_steps"),
-        (["--eval_bsz", "0"], "--eval_bsz must be at least 1"),
-        (["--eval_bsz", "99999999"], "--eval_bsz 99999999 does not fit"),
-        (["--num_images", "0"], "--num_images must be at least 1"),
-        (["--seed", "-1"], "--seed must be at least 0"),
-        (["--seed", "0,-1"], "--seed must be at least 0, not -1"),
-        (["--seed", "2,2"], "--seed takes one seed or several different ones, not 2,2"),
-        (["--seed", ","], "--seed takes one seed or several different ones, not none"),
-        (["--precision_recall"], "fashion_classifier_stats.npz holds mean and covariance alone"),
-        (["--kid"], "--kid needs features of the reference images"),
-        (["--fd_dinov2"], "--fd_dinov2 needs DINOv2's mean and covariance of the reference images"),
-        (["--precision_recall", "--num_images", "3"], "--precision_recall takes at least 4 images"),
-        (["--standard_errors", "--num_images", "9"], "--standard_errors takes at least 10 images"),
-        (["--kid", "--no-score"], "--kid has no use with --no-score"),
-        (["--kid", "--class_labels", "3"], "--kid has no use with --class_labels"),
-        (["--class_labels", "3,10"], "--class_labels must be classes of mar_tiny, from 0 to 9"),
-        (["--class_labels", "-1"], "--class_labels"),
-        (["--class_labels", ""], "--class_labels"),
-        (["--class_labels", "cat"], "--class_labels"),
-        (["--device", "tpu"], "--device"),
-        (["--dtype", "int8"], "--dtype"),
-        (["--start_step", "-1"], "--start_step must be at least 0"),
-        (["--kept_fractions", "0:2"], "--kept_fractions"),
-        (["--kept_fractions", "half"], "--kept_fractions"),
-        (["--prune_layer", "99"], "--prune_layer must be below 8"),
+        (["--eval_bsz", "9999999", "--num_images", "9999999"], "--eval_bsz 9999999 needs about "),
+        (["--precision_recall"], "fashion_classifier_stats.npz"),
         (["--resume", "nowhere"], "nowhere"),
-        (["--resume", text_file], "file is truncated, damaged or no checkpoint"),
-        (["--resume", weights_with_nan], "the latents of images 7, 17 are not finite"),
+        (["--resume", text_file], "file"),
         (["--vae_path", "nowhere"], "nowhere"),
-        (["--vae_path", weights_with_nan], "does not fit the VAE"),
         (["--statistics", "nowhere"], "nowhere"),
-        (["--statistics", empty_statistics], "mu [3]"),
-        (["--inception_weights", "nowhere"], "--inception_weights"),
+        (["--statistics", empty_statistics], "wrong.npz"),
         (["--output_dir", text_file], "--output_dir"),
-        (["--output_dir", foreign_folder], "holds files, but no run of eval.py"),
         (["--output_dir", foreign_folder, "--overwrite"], "holds files, but no run of eval.py"),
         (["--output_dir", "/proc/run"], "cannot write to --output_dir /proc/run"),
+        pytest.param(
+            ["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")
+        ),
     ],
     ids=lambda value: " ".join(getattr(part, "__name__", part) for part in value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, command, capsys):
     flags = [flag(tmp_path) if callable(flag) else flag for flag in flags]
-    assert run(command(tmp_path / "run", *flags, *["--eval_bsz", 20] * ("nan" in str(flags)))) == 2
+    assert run(command(tmp_path / "run", *flags)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error, error
-    assert not list(tmp_path.rglob("*.npz")) or "wrong.npz" in str(flags)
+    assert not list((tmp_path / "run").rglob("*.npz"))
     assert not (tmp_path / "photos").exists() or (tmp_path / "photos/images/holiday.png").read_text() == "precious"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
-def test_cuda_is_refused_where_there_is_none(tmp_path, command, capsys):
-    assert run(command(tmp_path / "run", "--device", "cuda")) == 2
-    assert "--device cuda" in capsys.readouterr().err
+def test_latents_that_are_not_finite_are_named(tmp_path, command, capsys, monkeypatch):
+    sample = program.Sampler.__call__
+
+    def break_seven(sampler, labels, *arguments):
+        return sample(sampler, labels, *arguments).masked_fill((labels == 7).view(-1, 1, 1, 1), float("nan"))
+
+    monkeypatch.setattr(program.Sampler, "__call__", break_seven)
+    assert run(command(tmp_path / "run", "--eval_bsz", 20)) == 2
+    assert "the latents of images 7, 17 are not finite" in capsys.readouterr().err
 
 
-def test_a_policy_needs_lazy_mar(tmp_path, weights, capsys):
-    assert run([*weights, "--head_cache"]) == 2
-    assert "--head_cache is a setting of LazyMAR: give --lazy_mar too" in capsys.readouterr().err
-
-
-def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path, command, capsys, monkeypatch):
-    def out_of_memory(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(program.Sampler, "__call__", out_of_memory)
-    assert run(command(tmp_path / "run", "--eval_bsz", 24)) == 2
-    assert "try --eval_bsz 12" in capsys.readouterr().err
-    # The folder holds nothing that other settings could spoil.
-    monkeypatch.undo()
-    assert run(command(tmp_path / "run", "--eval_bsz", 12)) == 0
-
-
-def test_a_fault_of_one_rank_is_printed_once_and_ends_all(tmp_path, command):
+def test_a_fault_of_several_ranks_is_printed_once(tmp_path, command):
     job = Ranks(command(tmp_path / "run", "--num_iter", "0"), tmp_path / "log", 2)
-    assert job.wait(30) == [2, 2]
+    assert job.wait() == [2, 2]
     assert job.log.read_text().count("--num_iter must be") == 1
-
-
-def test_flags_at_random_never_end_in_a_traceback(capsys):
-    chance = random.Random(0)
-    with pytest.raises(SystemExit):
-        parse_options("", ["--help"])
-    names = sorted({*re.findall(r"--[a-z][a-z_-]+", capsys.readouterr().out), "--no_score", "--no_token_cache"})
-    assert len(names) > 40
-    values = [
-        "0",
-        "-1",
-        "1",
-        "64",
-        "1e9",
-        "nan",
-        "-inf",
-        "",
-        " ",
-        "mar_tiny",
-        "a,b",
-        "0:1,5",
-        "1,2",
-        "💥",
-        "9" * 40,
-        "/",
-        "None",
-    ]
-    outcomes = {"fine": 0, "refused": 0}
-    for _ in range(3000):
-        arguments = ["--model", chance.choice(["mar_tiny", "mar_base"])]
-        for _ in range(chance.randint(1, 3)):
-            arguments += [chance.choice(names), *chance.sample(values, chance.randint(0, 1))]
-        try:
-            check(parse_options("", arguments))
-            outcomes["fine"] += 1
-        except program.InputError as error:
-            assert str(error).strip()
-            outcomes["refused"] += 1
-        except SystemExit as end:  # --help
-            assert end.code == 0
-    assert min(outcomes.values()) > 100, outcomes
 
 
 def test_the_commands_of_the_paper_are_understood():
     for more in ([], ["--lazy_mar"]):
-        options = check(parse_options("", ["--num_images", "50000", "--eval_bsz", "128", "--num_iter", "64", *more]))
+        options = parse_options(["--num_images", "50000", "--eval_bsz", "128", "--num_iter", "64", *more])
         assert (options.model, options.cfg) == ("mar_huge", 3.25)
         assert options.resume == ROOT / "pretrained_models/mar/mar_huge/checkpoint-last.pth"
         assert options.method == find_method("lazymar" if more else "mar")
-        assert ("lazy" in options.output_dir.name) == bool(more)
+        assert options.output_dir == Path(f"output/mar_huge{'-lazy' if more else ''}-iter64-cfg3.25-50000")
         assert len(options.labels()) == 50_000 and np.ptp(np.bincount(options.labels())) == 0

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch_fidelity
+from tools import make_sampler
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-
-from tools import make_sampler
 
 from models import (
     MAR,
@@ -24,9 +23,9 @@ from models import (
     DetailedTokens,
     cast_model,
     create_model,
-    weights,
 )
-from util.extractors import Extractor
+from util import weights
+from util.extractors import FEATURES_DIMS, Extractor
 from util.images import decode, map_images, to_uint8
 
 GPU = torch.device("cuda", 0)
@@ -58,12 +57,13 @@ def files_without_values(no_values, monkeypatch) -> None:
     """Weights files are read for their names, shapes and dtypes."""
     read = weights._read
 
-    def read_shapes(path) -> dict[str, Tensor]:
+    def read_shapes(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with unset_fake_temporarily():
-            content = read(path)
-        return {name: no_values.from_tensor(value) for name, value in content.items()}
+            contents, metadata = read(path)
+        return {name: no_values.from_tensor(value) for name, value in contents.items()}, metadata
 
     monkeypatch.setattr(weights, "_read", read_shapes)
+    monkeypatch.setattr(weights, "_check_fit", lambda *_: None)  # it looks at values
 
 
 class NoiseWithoutValues:
@@ -142,9 +142,10 @@ def test_inceptions_features(no_values, tmp_path, monkeypatch) -> None:
     network = on_gpu(lambda: torch_fidelity_network("inception-v3-compat", layers, **options))
     extractor = Extractor("inception", network, GPU)
     pixels = torch.empty(BATCH, 3, 256, 256, dtype=torch.uint8)  # those of the PNGs, on the host
-    features, logits = map(torch.cat, zip(*map_images(extractor, pixels.to(GPU))))
+    parts = map_images(extractor, pixels.to(GPU))
+    features, logits = (torch.cat([part[name] for part in parts]) for name in ("features", "logits"))
     assert features.device == logits.device == GPU
-    assert features.cpu().shape == (BATCH, extractor.features_dim) and logits.cpu().shape == (BATCH, 1008)
+    assert features.cpu().shape == (BATCH, FEATURES_DIMS["inception"]) and logits.cpu().shape == (BATCH, 1008)
 
 
 def test_the_loaded_models_are_on_the_gpu(files_without_values, monkeypatch) -> None:

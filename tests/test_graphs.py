@@ -6,6 +6,7 @@ write. What a capture leaves out, such as a value that was on the host, is then 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import MAR, CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
+from models.lazymar import graphs
+from models.lazymar.caches import KeyValueCache
+from models.lazymar.graphs import CapturedFunction, CaptureError, CudaCapture
 from models.lazymar.transformer import Transformer
 
 POLICIES = {
@@ -224,12 +228,141 @@ class NoNoise:
         return torch.empty(draws, images, num_tokens, token_dim, device="meta")
 
 
-@pytest.mark.parametrize("name", ["mar", "lazymar", "lazymar+gtr+lateguidance", "disa+recap"])
+@pytest.mark.parametrize("name", ["lazymar", "disa+recap"])
 def test_the_loop_never_waits_for_a_value(name: str) -> None:
     with torch.device("meta"):  # where there are none: asking for one is an error
         model = create_model("mar_tiny")
         latents = torch.empty(2, model.vae_embed_dim, 16, 16)
-    settings = SETTINGS if name in ("mar", "lazymar") else short_settings(name)
-    sampler = make_sampler(model, name, **settings)
+    sampler = make_sampler(model, name, **short_settings(name))
     steps = list(sampler.steps(LABELS[:2], NoNoise(model), latents))
     assert len(steps) == len(sampler.plan)
+
+
+# What CUDA could not capture, asked of tensors on the meta device, which have no values
+
+ILLEGAL = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
+
+
+class LegalCapture(OperationCapture):
+    """Records operations that draw random numbers, depend on values, or touch tensors on the host."""
+
+    illegal: set[str]
+    captured = 0
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        class Legal(TorchDispatchMode):
+            def __torch_dispatch__(mode, func, types, args=(), kwargs=None):
+                if func._can_decompose():
+                    with mode:
+                        return func.decompose(*args, **(kwargs or {}))
+                result = func(*args, **(kwargs or {}))
+                tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+                by_numbers = func.__name__ == "index.Tensor" and not any(x.dtype == torch.bool for x in tensors)
+                tags = [tag for tag in func.tags if tag in ILLEGAL and not by_numbers]
+                if tags or any(not tensor.is_meta for tensor in tensors):
+                    LegalCapture.illegal.add(func.__name__)
+                LegalCapture.captured += 1
+                return result
+
+        with Legal():
+            result = function()
+        return (lambda: None), result
+
+
+@pytest.mark.parametrize("name", ["lazymar", "lazymar+gtr+lateguidance"])
+def test_captured_functions_hold_nothing_that_cuda_cannot_capture(name: str) -> None:
+    LegalCapture.illegal, LegalCapture.captured = set(), 0
+    with torch.device("meta"):
+        model = create_model("mar_tiny")
+        latents = torch.empty(2, model.vae_embed_dim, 16, 16)
+    sampler = make_sampler(model, name, **short_settings(name))
+    sampler.make_capture = LegalCapture
+    for _ in range(2):  # the second batch is captured
+        list(sampler.steps(LABELS[:2], NoNoise(model), latents))
+    assert LegalCapture.captured > 1000 and not LegalCapture.illegal
+
+
+class StreamContext:
+    """Stands in for `torch.cuda.stream`: notes which stream is current."""
+
+    current = "default"
+
+    def __init__(self, stream: object) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self.before, StreamContext.current = StreamContext.current, self.stream
+
+    def __exit__(self, *_: object) -> None:
+        StreamContext.current = self.before
+
+
+class GraphContext(StreamContext):
+    """Stands in for `torch.cuda.graph`: ends the capture before it restores the stream, as PyTorch does."""
+
+    pools: list[object]
+
+    def __init__(self, graph, pool: object, stream: object, capture_error_mode: str) -> None:
+        super().__init__(stream)
+        self.graph = graph
+        GraphContext.pools.append(pool)
+
+    def __exit__(self, *error: object) -> None:
+        self.graph.capture_end(failed=error[0] is not None)
+        super().__exit__()
+
+
+class Graph:
+    """Stands in for `torch.cuda.CUDAGraph`."""
+
+    def capture_end(self, failed: bool) -> None:
+        if failed:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def mocked_cuda(monkeypatch) -> None:
+    GraphContext.pools, StreamContext.current = [], "default"
+    cuda = graphs.torch.cuda
+    monkeypatch.setattr(cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(cuda, "Stream", lambda device: "side stream")
+    monkeypatch.setattr(cuda, "current_stream", lambda device: StreamContext.current)
+    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda, "graph", GraphContext)
+    monkeypatch.setattr(cuda, "stream", StreamContext)
+    monkeypatch.setattr(cuda, "device", lambda device: contextlib.nullcontext())
+
+
+def test_graphs_of_one_capture_share_a_memory_pool(mocked_cuda) -> None:
+    capture = CudaCapture(torch.device("cuda", 0))
+    streams = []
+    for _ in range(2):
+        CapturedFunction(lambda x: (streams.append(StreamContext.current), x + 1)[1], capture, [torch.zeros(2)])
+    assert streams == ["side stream"] * 2 and StreamContext.current == "default"
+    assert len(GraphContext.pools) == 2 and GraphContext.pools[0] is GraphContext.pools[1]
+
+
+def test_a_failed_capture_names_its_first_cause_and_restores_the_stream(mocked_cuda) -> None:
+    def fail() -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(CaptureError, match="^operation not permitted when stream is capturing$"):
+        CapturedFunction(fail, CudaCapture(torch.device("cuda", 0)), [])
+    assert StreamContext.current == "default"
+
+
+def test_a_lazy_step_moves_only_the_new_rows() -> None:
+    """Counts the bytes that writing an encoder block's keys and values moves: those of the new rows, and no index."""
+    plan = make_sampler(MODEL, "lazymar", **SETTINGS).plan
+    step = next(step for step in plan if not step.refresh)
+    cache = KeyValueCache(2, 72, 8, torch.empty(1, 32))
+    new = torch.randn(2, 8 + step.new.stop - step.new.start, 64)
+    with Operations() as operations:
+        known = cache.write_known(step, new)
+    copied = [args[1].nbytes for func, args, *_ in operations.calls if func.__name__.startswith("copy_")]
+    assert len(copied) == 2 and sum(copied) == new.nbytes
+    assert not any("index" in func.__name__ for func, *_ in operations.calls)
+    assert torch.equal(known[:, -(step.new.stop - step.new.start) :], new[:, 8:])

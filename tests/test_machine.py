@@ -1,29 +1,39 @@
-"""What a run runs on: the dtype that is fast there, and what a record says of the machine and the code."""
+"""The machine of a run: device, dtype and precision, what is printed and recorded of them, memory and CUDA graphs."""
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from util import machine
+from util.cli import Parser
+from util.errors import InputError
+from util.folder import Batch
+from util.memory import check_memory, memory_needed
+from util.options import parse_options
+from util.run import STEPS_AHEAD, Run
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-# What PyTorch says of a processor: its kind, whether oneDNN has bfloat16 for it, and which instructions it has.
-PROCESSORS = {
-    "AVX2 alone": ("x86_64", False, (), torch.float32),
-    "AVX-512 without bfloat16": ("x86_64", True, (), torch.float32),
-    "AVX512-BF16": ("x86_64", True, ("avx512_bf16",), torch.bfloat16),
-    "AMX": ("AMD64", True, ("avx512_bf16", "amx_tile"), torch.bfloat16),
-    "AMX that oneDNN may not use": ("x86_64", False, ("avx512_bf16", "amx_tile"), torch.float32),
-    "Arm with bf16": ("aarch64", True, (), torch.bfloat16),
-    "Arm without": ("arm64", False, (), torch.float32),
-}
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("processor", "onednn", "instructions", "fast"), PROCESSORS.values(), ids=PROCESSORS)
-def test_bfloat16_is_taken_where_the_processor_computes_in_it(processor, onednn, instructions, fast, monkeypatch):
+@pytest.mark.parametrize(
+    ("processor", "onednn", "instructions", "fast"),
+    [
+        pytest.param("x86_64", False, (), torch.float32, id="AVX2 alone"),
+        pytest.param("x86_64", True, (), torch.float32, id="AVX-512 without bfloat16"),
+        pytest.param("x86_64", True, ("avx512_bf16",), torch.bfloat16, id="AVX512-BF16"),
+        pytest.param("AMD64", True, ("avx512_bf16", "amx_tile"), torch.bfloat16, id="AMX"),
+        pytest.param("x86_64", False, ("amx_tile",), torch.float32, id="AMX that oneDNN may not use"),
+        pytest.param("aarch64", True, (), torch.bfloat16, id="Arm with bf16"),
+        pytest.param("arm64", False, (), torch.float32, id="Arm without"),
+    ],
+)
+def test_bfloat16_is_the_default_where_the_processor_computes_in_it(processor, onednn, instructions, fast, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
@@ -31,42 +41,135 @@ def test_bfloat16_is_taken_where_the_processor_computes_in_it(processor, onednn,
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
     assert machine.choose_dtype("auto", CPU) == fast
     assert machine.choose_dtype("float64", CPU) == torch.float64
-    assert machine.choose_dtype("auto", GPU) == torch.bfloat16
     with machine.mixed_precision(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == fast
+    note = "note: this processor does not compute in bfloat16: --dtype float32 is many times faster"
+    assert (note in machine.introduce(CPU, torch.bfloat16, 1, asked=("cpu", "bfloat16"))) == (fast == torch.float32)
 
 
-def test_a_pytorch_without_onednn_or_that_says_nothing_means_float32(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    for name in ("amx_tile", "avx512_bf16"):
-        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
-    assert machine.choose_dtype("auto", CPU) == torch.float32
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr("platform.machine", lambda: "arm64")
-    assert machine.choose_dtype("auto", CPU) == torch.float32
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists a processor's instructions")
+def test_pytorch_and_linux_agree_on_this_processor():
+    """If PyTorch renamed its functions, bfloat16 would silently no longer be used."""
+    listed = {"amx_bf16", "avx512_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert machine.computes_in_bfloat16(CPU) == bool(listed)
 
 
-def test_what_pytorch_says_of_this_processor_is_what_linux_says():
-    """Were PyTorch's names to change, bfloat16 would silently be given up."""
-    flags = Path("/proc/cpuinfo")
-    if not flags.exists():
-        pytest.skip("only Linux lists a processor's instructions")
-    listed = {"amx_bf16", "avx512_bf16", "bf16"} & set(flags.read_text().split())
-    assert machine.cpu_computes_in_bfloat16() == bool(listed)
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that there is one GPU; calling the fixture gives it a name, a compute capability and free memory."""
+
+    def pretend(name: str, capability: tuple[int, int], free: float = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(free)))
+        for kind in ("reserved", "allocated"):
+            monkeypatch.setattr(torch.cuda, f"memory_{kind}", lambda device: 0)
+
+    return pretend
 
 
-def test_the_record_names_processor_and_code(monkeypatch, tmp_path):
+def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(gpu):
+    gpu("Tesla T4", (7, 5))
+    assert machine.choose_device("auto") == GPU and machine.choose_dtype("auto", GPU) == torch.float32
+    lines = machine.introduce(GPU, torch.float32, 1, asked=("auto", "auto")).splitlines()
+    assert lines[0] == "cuda (Tesla T4), float32, world size 1" and "compute capability is below 8.0" in lines[1]
+    assert machine.choose_dtype("bfloat16", GPU) == torch.bfloat16
+    with pytest.raises(InputError, match="--nproc_per_node must be at most 1, the number of GPUs here"):
+        machine.choose_device("auto", local_rank=1)
+
+
+def test_precision_is_set_on_purpose_and_recorded(gpu):
+    gpu("NVIDIA A100", (8, 0))
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    assert machine.choose_dtype("auto", machine.choose_device("cuda")) == torch.bfloat16
+    described = machine.describe(GPU)
+    assert described["TF32"] == "matmul False, cuDNN False" and described["bfloat16 reductions"] == "True"
+
+
+@pytest.mark.parametrize("built_for", ["13.0", None])
+def test_a_gpu_that_cannot_be_used_is_mentioned(built_for, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    assert machine.choose_device("auto") == CPU
+    note = "built for CUDA 13.0 and finds no usable GPU"
+    assert (note in machine.introduce(CPU, torch.float32, 1, asked=("auto", "auto"))) == bool(built_for)
+    assert note not in machine.introduce(CPU, torch.float32, 1, asked=("cpu", "auto"))
+    with pytest.raises(InputError, match="--device cuda: PyTorch finds no usable GPU"):
+        machine.choose_device("cuda")
+
+
+def test_windows_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(InputError, match="runs on Linux and macOS"):
+        Parser()
+
+
+def test_the_record_names_the_processor_and_changes_with_the_code(monkeypatch, tmp_path):
     described = machine.describe(CPU)
     assert f"{torch.get_num_threads()} threads of " in described["processor"]
-    assert torch.backends.cpu.get_cpu_capability() in described["processor"]
-    assert described["code"] == machine.code_digest()
-    for folder in ("models/parts", "diffusion"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "code.py").write_text("x = 1")
+    (tmp_path / "models").mkdir()
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    digests = [machine.code_digest()]
-    for folder in ("models/parts", "diffusion"):
-        (tmp_path / folder / "code.py").write_text("x = 1  # a comment")
-        digests.append(machine.code_digest())
-    assert len(set(digests)) == 3
+    codes = {described["code"]}
+    for code in ("x = 1", "x = 1  # a comment"):
+        (tmp_path / "models" / "code.py").write_text(code)
+        codes.add(machine.describe(CPU)["code"])
+    assert len(codes) == 3
+
+
+# PyTorch's allocation rules, simulated over all captures of MAR-H at batch 128, give LazyMAR pools of 5.4 GB for the
+# steps and 1.7 GB for the head, caches of 8.6 GB and weights of 1.9 GB; decoding 16 images takes 2 GB.
+@pytest.mark.parametrize(
+    ("arguments", "batch_size", "with_graphs", "eager"),
+    [("--lazy_mar", 128, 19.7, 17.0), ("--lazy_mar", 256, 35.4, 30.0), ("", 128, 12.0, 9.3)],
+)
+def test_memory_is_estimated(arguments, batch_size, with_graphs, eager):
+    options = parse_options(arguments.split())
+    for cuda_graphs, expected in ((True, with_graphs), (False, eager)):
+        needed = memory_needed(options.meta_model, options.plan, batch_size, torch.bfloat16, cuda_graphs=cuda_graphs)
+        assert needed / 1e9 == pytest.approx(expected, rel=0.05)
+
+
+def test_a_batch_that_cannot_fit_is_refused_and_one_that_fits_without_graphs_is_noted(gpu):
+    options = parse_options(["--lazy_mar"])
+
+    def check() -> str | None:
+        return check_memory(options.meta_model, options.plan, 128, torch.bfloat16, GPU, cuda_graphs=True)
+
+    gpu("NVIDIA A100", (8, 0), free=79e9)
+    assert check() is None
+    gpu("NVIDIA RTX 4000", (8, 9), free=18e9)
+    assert "--eval_bsz 128 needs about 19.7 GB of 18.0 GB; if memory runs out, batches go on without" in check()
+    gpu("Tesla V100", (7, 0), free=15.5e9)
+    with pytest.raises(InputError, match=r"--eval_bsz 128 needs about 17\.\d GB .*: try --eval_bsz 1\d\d$"):
+        check()
+    gpu("small", (8, 6), free=1.9e9)
+    with pytest.raises(InputError, match="take a smaller --model"):
+        check()
+
+
+def test_graphs_are_captured_where_every_rank_has_a_third_full_batch_to_replay_them():
+    batches = [[*range(20)]] * 6 + [[1, 2]]
+    for world_size, flags, expected in ((2, [], True), (3, [], False), (2, ["--no-cuda_graphs"], False)):
+        options = parse_options(["--model", "mar_tiny", "--eval_bsz", "20", *flags])
+        run = SimpleNamespace(options=options, unfinished=batches, job=SimpleNamespace(world_size=world_size))
+        assert Run.cuda_graphs.fget(run) == expected
+
+
+def test_on_a_gpu_steps_are_counted_a_few_before_they_are_done(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            self.record, self.synchronize = partial(log.append, "recorded"), partial(log.append, "waited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    options, counted = parse_options(["--model", "mar_tiny", "--num_iter", "12"]), []
+    run = SimpleNamespace(options=options, device=GPU, count=counted.append)
+    on_step = Run.follow(run, Batch(range(20), [0] * 20))
+    for step in options.plan:
+        on_step(step)
+    assert sum(counted) == 20_000 and min(counted) > 0
+    assert log.count("recorded") == 12 and len(log) == 12 + 12 - STEPS_AHEAD

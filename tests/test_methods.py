@@ -19,8 +19,8 @@ from models import (
     DetailedTokens,
     ImageNoise,
     Method,
-    find_method,
     create_model,
+    find_method,
     sample_tokens,
 )
 from models.lazymar.plan import DenoisingStep, Plan

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from util.weights.download import FILES
 
 from models import METHODS, CachePolicy, count_flops, create_model
 from models.presets import PRESETS
-from util.weights.download import FILES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

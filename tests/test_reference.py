@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tools import make_sampler
 from torch import Tensor
 
 from diffusion.schedule import respaced_timesteps
-from tools import make_sampler
-
 from models import MAR, AnnealedSteps, CachePolicy, create_model
 from models.diffloss import timestep_sinusoids
 from models.lazymar.sampler import SampledStep

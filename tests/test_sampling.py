@@ -10,7 +10,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from tools import FIELDS, LABELS, MODEL, SETTINGS, SMALL, make_sampler, perturb, random_model, relative_error
+from tools import FIELDS, LABELS, MODEL, SETTINGS, make_sampler, perturb, random_model, relative_error
 from torch import Tensor
 
 import models.lazymar.head
@@ -150,6 +150,7 @@ def test_explicit_tokens_and_cfg_scales(changes: dict, policy: CachePolicy | Non
 
 
 # Mistakes in the policy are planted in test_reference.py, those in the run here
+
 
 @pytest.fixture(scope="module")
 def expected_with_default_policy() -> Tensor:

@@ -1,375 +1,262 @@
-"""FID and IS are torch-fidelity's own numbers, and bad input to scoring ends in one clear sentence."""
+"""score.py: every set of images is read whole and without loss, or refused in one sentence before any work."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
+from test_metrics import FASHION, RunsCode, arrays, evaluate, folders, images, run_score, write_images
 from torch import nn
 
-import score as score_script
-from util.errors import InputError
-from util.scoring import scores as scoring
-from util.scoring.classifier import FEATURE_EXTRACTOR_NAME, FashionClassifier, load_classifier
-from util.scoring.scores import FEATURES_DIMS, Statistics, load_extractor, score
-from util.training import classifier as training
-from util.training import fashion
-from util.training.classifier import accuracy, train_classifier
-from util.training.fashion import load_fashion_mnist, to_rgb32
-from util.weights import download
+import score as program
+from util.image_sets import open_images
+from util.metrics import Statistics
 
-SAMPLE = Path(__file__).parent / "data" / "fashion_sample.npz"  # 50 of Fashion-MNIST's test images of each class
-SHIPPED_STATISTICS = Path(__file__).parents[1] / "pretrained_models/fid_stats/fashion_classifier_stats.npz"
+__all__ = ["arrays", "folders", "images"]  # fixtures
 
 
-@pytest.fixture(scope="module")
-def sample() -> tuple[torch.Tensor, torch.Tensor]:
-    with np.load(SAMPLE) as file:
-        return to_rgb32(torch.from_numpy(file["images"])), torch.from_numpy(file["labels"]).long()
+def refusal(capsys, *arguments: object) -> str:
+    """Run a command that is refused; return its one sentence."""
+    capsys.readouterr()
+    assert program.main([*map(str, arguments)]) == 2
+    *bars, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and all("extracting features" in bar for bar in bars if bar)
+    return error
 
 
-def write_images(folder: Path, images: torch.Tensor) -> Path:
-    folder.mkdir()
-    for index, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:03d}.png")
-    return folder
+# Folders
 
 
-@pytest.fixture(scope="module")
-def folders(sample, tmp_path_factory) -> tuple[Path, Path]:
-    """A: garments with noise, so that its FID is far from 0; B: other garments."""
-    images, _ = sample
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 60, images[:12].shape, generator=generator, dtype=torch.uint8)
-    return write_images(root / "a", images[:12] // 2 + noise), write_images(root / "b", images[-13:])
-
-
-def run_score(*arguments: object) -> int:
-    return score_script.main([str(argument) for argument in (*arguments, "--device", "cpu")])
-
-
-@pytest.mark.parametrize("name", ["inception", "fashion"])
-def test_scores_of_folders_equal_torch_fidelity(name, folders, inception_weights, tmp_path, capsys):
-    a, b = folders
-    options = ["--features", name]
-    expected_options = {"feature_extractor": FEATURE_EXTRACTOR_NAME}
-    if name == "inception":
-        options += ["--inception_weights", inception_weights]
-        expected_options = {"feature_extractor_weights_path": str(inception_weights)}
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(a),
-        input2=str(b),
-        isc=True,
-        fid=True,
-        cuda=False,
-        save_cpu_ram=True,
-        verbose=False,
-        **expected_options,
-    )
-
-    statistics, report = tmp_path / "b.npz", tmp_path / "scores.json"
-    assert run_score("statistics", b, "--output", statistics, *options) == 0
-    assert run_score("evaluate", a, "--statistics", statistics, "--json", report, *options) == 0
-
-    fid, is_mean, is_std = (
-        expected[key] for key in (torch_fidelity.KEY_METRIC_FID, *sorted(k for k in expected if "inception_score" in k))
-    )
-    names = {
-        "inception": ("frechet_inception_distance", "inception_score_mean", "inception_score_std"),
-        "fashion": ("fid_fashion_classifier", "isc_fashion_classifier_mean", "isc_fashion_classifier_std"),
-    }
-    found = json.loads(report.read_text())
-    assert math.isclose(found[names[name][0]], fid, rel_tol=1e-6)
-    assert math.isclose(found[names[name][1]], is_mean, rel_tol=1e-9)
-    assert math.isclose(found[names[name][2]], is_std, rel_tol=1e-9)
-    assert fid > 1e-3 and is_mean > 1 + 1e-4  # else the comparison would say little
-    assert not set(names["inception" if name == "fashion" else "fashion"]) & set(found)
+def test_class_subfolders_are_read_whole(images, folders, tmp_path, capsys):
+    generated, real = images
+    for index, image in enumerate(real):
+        (tmp_path / "nested" / f"n{index % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "nested" / f"n{index % 3}" / f"{index:03d}.PNG")
+    (tmp_path / "nested" / "classes.txt").write_text("no image")
+    whole = evaluate(folders[0], folders[1], tmp_path / "whole.json", "--kid", *FASHION)
+    assert run_score("statistics", tmp_path / "nested", "--output", tmp_path / "real.npz", *FASHION) == 0
     printed = capsys.readouterr().out
-    assert f"{fid:.4f}" in printed and f"{is_mean:.4f} ± {is_std:.4f}" in printed
-    assert ("not Inception" in printed) == (name == "fashion")
+    assert "30 images of" in printed and "1 in all" in printed and "nested/classes.txt" in printed
+    for real_images in (tmp_path / "nested", tmp_path / "real.npz"):
+        found = evaluate(folders[0], real_images, tmp_path / "nested.json", *FASHION)
+        assert math.isclose(found["fid_fashion_classifier"], whole["fid_fashion_classifier"], rel_tol=1e-6)
+    found = evaluate(tmp_path / "nested", folders[1], tmp_path / "own.json", *FASHION)
+    assert found["num_images"] == 30 and abs(found["fid_fashion_classifier"]) < 1e-4
+
+    write_images(tmp_path / "nested" / "extra" / "deep", generated[:1])
+    assert "holds 30 images such as" in refusal(capsys, "export", tmp_path / "nested", "--output", tmp_path / "x.npz")
+    (tmp_path / "nested" / "extra" / "deep" / "000.png").rename(tmp_path / "nested" / "stray.png")
+    error = refusal(capsys, "evaluate", tmp_path / "nested", "--reference", folders[1], *FASHION)
+    assert "holds 1 images such as" in error and "nested/stray.png" in error
 
 
-def test_scores_do_not_depend_on_the_batches(sample):
-    images, _ = sample
-    extractor = load_extractor("fashion")
-    reference = Statistics.load(SHIPPED_STATISTICS, extractor.features_dim)
-    whole = score(*extractor(images), reference)
-    parts = [torch.cat(outputs) for outputs in zip(*(extractor(batch) for batch in images.split(33)))]
-    batched = score(*parts, reference)
-    assert math.isclose(batched.fid, whole.fid, rel_tol=1e-4)
-    assert math.isclose(batched.is_mean, whole.is_mean, rel_tol=1e-4)
+def png(color_type: int, bits: int, channels: int) -> bytes:
+    """A PNG file of 32 x 32 pixels at random."""
+    size = 32 * (1 + 32 * channels * bits // 8)
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8).reshape(32, -1)
+    pixels[:, 0] = 0  # no filter
+    header = struct.pack(">IIBBBBB", 32, 32, bits, color_type, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels.tobytes())), (b"IEND", b""))
+    content = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(content)
 
 
-def test_shipped_classifier_and_statistics_know_real_images(sample):
-    images, labels = sample
-    assert accuracy(load_classifier(), images, labels) >= 0.90
-    extractor = load_extractor("fashion")
-    reference = Statistics.load(SHIPPED_STATISTICS, extractor.features_dim)
-    real = score(*extractor(images), reference)
-    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert real.fid * 10 < score(*extractor(noise), reference).fid
-    assert 5 < real.is_mean <= 10
+def test_pixels_that_8_bit_rgb_cannot_hold_are_refused_by_name(tmp_path, images, capsys):
+    rgb = Image.fromarray(images[1][0].permute(1, 2, 0).numpy())
+    rgba, palette = rgb.convert("RGBA"), rgb.quantize(16)
+    rgba.putalpha(200)
+    float_pixels = Image.fromarray(np.full((32, 32), 0.5, np.float32))
+    for name, write in {
+        "16-bit grey": lambda path: path.write_bytes(png(0, 16, 1)),
+        "16-bit RGB": lambda path: path.write_bytes(png(2, 16, 3)),
+        "16-bit RGBA": lambda path: path.write_bytes(png(6, 16, 4)),
+        "transparent": lambda path: rgba.save(path),
+        "transparent palette": lambda path: palette.save(path, transparency=0),
+        "transparent colour": lambda path: rgb.save(path, transparency=rgb.getpixel((0, 0))),
+        "CMYK": lambda path: rgb.convert("CMYK").save(path, format="JPEG"),
+        "float": lambda path: float_pixels.save(path, format="TIFF"),
+        "animated": lambda path: rgb.save(path, save_all=True, append_images=[rgb.rotate(90)]),
+    }.items():
+        folder = write_images(tmp_path / name, images[1][:12])
+        write(folder / "004.png")
+        error = refusal(capsys, "evaluate", folder, "--reference", folder, *FASHION)
+        assert f"{name}/004.png cannot be read as 8-bit RGB without loss" in error, name
 
 
-def test_classifier_logits_are_linear_in_its_features(sample):
-    classifier = load_classifier()
-    with torch.inference_mode():
-        features, logits = classifier(sample[0][:8])
-        assert features.shape == (8, FEATURES_DIMS["fashion"])
-        torch.testing.assert_close(logits, classifier.head(features))
+def test_images_without_loss_are_read_as_they_are(tmp_path, images):
+    rgb = Image.fromarray(images[1][0].permute(1, 2, 0).numpy())
+    for name, image in {"L": rgb.convert("L"), "P": rgb.quantize(256), "RGBA": rgb.convert("RGBA")}.items():
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "a.png")
+        (batch,) = open_images(tmp_path / name).batches(5)
+        assert torch.equal(batch[0], images[1][0]), name
 
 
-def test_too_few_images_give_none_and_a_reason():
-    generator = torch.Generator().manual_seed(0)
-    features, logits = torch.rand(300, 4, generator=generator), torch.randn(300, 10, generator=generator)
-    reference = Statistics.from_features(features)
-    one, nine, many = (score(features[:n], logits[:n], reference) for n in (1, 9, 300))
-    assert one.fid is None and one.is_mean is None and len(one.notes) == 2
-    assert nine.fid > 0 and nine.is_mean is None and nine.is_std is None and "at least 10" in nine.notes[0]
-    assert abs(many.fid) < 1e-6 and many.is_mean > 1 and not many.notes
-    assert "covariance" in score(features[:3], logits[:3], reference).notes[0]
-    with pytest.raises(InputError, match="at least 2"):
-        Statistics.from_features(features[:1])
+def test_batches_hold_every_image_once_and_in_order(folders, images):
+    for size in (1, 5, 12, 24, 50):
+        batches = list(open_images(folders[0]).batches(size))
+        assert max(map(len, batches)) == min(size, 24) and torch.equal(torch.cat(batches), images[0])
 
 
-def test_features_that_are_not_finite_are_refused():
-    features = torch.ones(20, 4)
-    features[7, 2] = torch.inf
-    with pytest.raises(InputError, match="number 7"):
-        Statistics.from_features(features)
-    with pytest.raises(InputError, match="number 7"):
-        score(torch.ones(20, 4), features, Statistics(np.zeros(4), np.eye(4)))
+# Files of statistics, and export
 
 
-# Statistics files
+def test_statistics_come_back_as_saved_and_the_same_sample_is_drawn(folders, tmp_path):
+    for name, keep in (("first.npz", 9), ("second.npz", 9), ("without.npz", 0)):
+        output = tmp_path / "new_folder" / name
+        assert run_score("statistics", folders[1], "--output", output, "--keep_features", keep, *FASHION) == 0
+    first, second, without = (Statistics.load(file, 128) for file in sorted((tmp_path / "new_folder").iterdir()))
+    assert first.features.shape == (9, 128) and first.features.dtype == np.float32
+    np.testing.assert_array_equal(first.features, second.features)
+    assert without.features is None and without.mu.dtype == without.sigma.dtype == np.float64
 
 
-def test_statistics_come_back_as_saved(tmp_path):
-    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    saved = Statistics.from_features(features)
-    saved.save(tmp_path / "new_folder" / "stats.npz")
-    loaded = Statistics.load(tmp_path / "new_folder" / "stats.npz", 6)
-    np.testing.assert_array_equal(loaded.mu, saved.mu)
-    np.testing.assert_array_equal(loaded.sigma, saved.sigma)
-    np.testing.assert_allclose(saved.sigma, np.cov(features.double().numpy().T), rtol=1e-12)
-    assert loaded.mu.dtype == loaded.sigma.dtype == np.float64
+def test_a_disk_that_is_full_leaves_the_earlier_file(folders, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "stats.npz"
+    Statistics(np.zeros(3), np.eye(3)).save(output)
+    monkeypatch.setattr(np, "savez", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    for command in (["statistics", folders[1], *FASHION], ["export", folders[1]]):
+        assert "No space left on device" in refusal(capsys, *command, "--output", output)
+    assert list(tmp_path.iterdir()) == [output] and (Statistics.load(output, 3).mu == 0).all()
 
 
-def test_failed_save_leaves_the_old_statistics(tmp_path, monkeypatch):
-    path = tmp_path / "stats.npz"
-    Statistics(np.zeros(3), np.eye(3)).save(path)
+def test_mean_and_covariance_in_adms_reference_file_are_taken_as_they_are(arrays, tmp_path, capsys):
+    with np.load(arrays[1]) as file:
+        np.savez(tmp_path / "adm.npz", arr_0=file["arr_0"], mu=np.full(128, 0.5), sigma=np.eye(128), mu_s=0)
+    output = tmp_path / "stats.npz"
+    assert run_score("statistics", tmp_path / "adm.npz", "--output", output, "--keep_features", 30, *FASHION) == 0
+    statistics = Statistics.load(output, 128, ["precision_recall"])
+    assert (statistics.mu == 0.5).all() and (statistics.sigma == np.eye(128)).all()
+    assert "holds mu and sigma, which are taken as they are" in capsys.readouterr().out
 
-    def disk_full(file, **arrays):
-        file.write(b"PK")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", disk_full)
-    with pytest.raises(InputError, match="No space left"):
-        Statistics(np.ones(3), np.eye(3)).save(path)
-    assert list(tmp_path.iterdir()) == [path]
-    np.testing.assert_array_equal(Statistics.load(path, 3).mu, 0)
+def test_a_statistics_file_can_be_what_is_scored(folders, tmp_path, capsys):
+    files = [tmp_path / f"{folder.name}.npz" for folder in folders]
+    for folder, file in zip(folders, files):
+        assert run_score("statistics", folder, "--output", file, "--keep_features", 24, *FASHION) == 0
+    of_files = evaluate(*files, tmp_path / "a.json", "--precision_recall", *FASHION)
+    of_folder = evaluate(folders[0], files[1], tmp_path / "b.json", "--precision_recall", *FASHION)
+    for name in ("fid_fashion_classifier", "precision_fashion_classifier", "recall_fashion_classifier"):
+        assert math.isclose(of_files[name], of_folder[name], rel_tol=1e-6)
+    assert of_files["isc_fashion_classifier_mean"] is None and "no Inception Score" in capsys.readouterr().out
+
+
+def test_images_are_exported_shuffled_and_whole(images, folders, arrays, tmp_path):
+    order = np.random.RandomState(3).permutation(24)
+    assert not (order == np.arange(24)).all()
+    for source in (folders[0], arrays[0]):
+        assert program.main(["export", str(source), "--output", str(tmp_path / "out.npz"), "--seed", "3"]) == 0
+        with np.load(tmp_path / "out.npz") as file:
+            assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
+            np.testing.assert_array_equal(file["arr_0"], images[0].permute(0, 2, 3, 1).numpy()[order])
+
+
+def test_the_folder_of_a_run_is_read_if_all_its_images_are_there(images, tmp_path, capsys):
+    write_images(tmp_path / "images", images[0])
+    settings = {"num_images": 24, "class_labels": None, "class_num": 10}
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "grid.png").write_bytes(b"no image of the run")
+    command = ["export", tmp_path, "--output", tmp_path / "out.npz"]
+    assert "metrics.json does not exist" in refusal(capsys, *command)
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings}))
+    assert program.main([*map(str, command)]) == 0
+    (tmp_path / "images" / "003.png").unlink()
+    assert "lacks images, and holds 23" in refusal(capsys, *command)
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def bad(images, tmp_path_factory) -> Path:
+    """A folder of all kinds of files that cannot be used."""
+    root = tmp_path_factory.mktemp("bad")
+    write_images(root / "three", images[1][:3])
+    write_images(root / "one", images[1][:1])
+    write_images(root / "larger", nn.functional.interpolate(images[1], scale_factor=2))
+    mixed, damaged, code = (
+        write_images(root / name, images[1][:5]) / "003.png" for name in ("mixed", "damaged", "code")
+    )
+    Image.new("RGB", (40, 30)).save(mixed)
+    damaged.write_bytes(damaged.read_bytes()[:150])
+    for file in (code, root / "pickle.npz"):
+        file.write_bytes(pickle.dumps(RunsCode()))
+    (root / "empty").mkdir()
+    mu, sigma = np.zeros(128), np.eye(128)
+    for name, contents in {
+        "numbers": {"values": mu},
+        "floats": {"arr_0": np.zeros((4, 32, 32, 3), np.float32)},
+        "flipped": {"arr_0": np.zeros((8, 32, 32, 3), np.uint8)},
+        "plain": {"mu": mu, "sigma": sigma},
+        "inception": {"mu": np.zeros(2048), "sigma": np.eye(2048)},
+        "few": {"mu": mu, "sigma": sigma, "features": np.zeros((3, 128))},
+        "other": {"mu": mu, "sigma": sigma, "features": np.zeros((9, 64))},
+        "nan": {"mu": mu * np.nan, "sigma": sigma},
+        "scalar": {"mu": 0, "sigma": sigma},
+        "objects": {"mu": np.array([RunsCode()]), "sigma": sigma},
+    }.items():
+        np.savez(root / f"{name}.npz", **contents)
+    content = (root / "flipped.npz").read_bytes()
+    (root / "flipped.npz").write_bytes(content[:9000] + b"\1" + content[9001:])
+    return root
 
 
 @pytest.mark.parametrize(
-    ("arrays", "message"),
+    ("generated", "real", "flags", "message"),
     [
-        (None, "does not exist"),
-        (b"PK\x03\x04 truncated", "cannot be read"),
-        ({"mu": np.zeros(3)}, "no mu and sigma"),
-        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu \[3\] and sigma \[4, 4\]"),
-        ({"mu": np.zeros(2048), "sigma": np.eye(3)}, "3 dimensions"),
-        ({"mu": np.array([0, np.nan, 0]), "sigma": np.eye(3)}, "not finite"),
-        ({"mu": np.array([0, None, 0], dtype=object), "sigma": np.eye(3)}, "cannot be read"),
+        ("three", "", "--precision_recall", "{bad}/three holds 3: add images"),
+        ("", "three", "--precision_recall", "--precision_recall takes at least 4 images"),
+        ("", "one", "", "takes at least 2 images; {bad}/one holds 1"),
+        ("", "few.npz", "--precision_recall", "few.npz holds features of 3: add images"),
+        ("", "plain.npz", "--precision_recall", "it lacks features, for --precision_recall"),
+        ("", "plain.npz", "--kid", "statistics FOLDER_OR_NPZ --keep_features 10000 --output FILE"),
+        ("", "plain.npz", "--fd_dinov2", "it lacks dinov2_mu, for --fd_dinov2"),
+        ("plain.npz", "", "--standard_errors", "--standard_errors needs images, and {bad}/plain.npz"),
+        ("", "inception.npz", "", "mu is [2048], but the features have 128 dimensions"),
+        ("", "other.npz", "--kid", "features is [9, 64], but the features have 128 dimensions"),
+        ("", "scalar.npz", "", "mu is [], but the features have 128 dimensions"),
+        ("", "nan.npz", "", "mu holds numbers that are not finite"),
+        ("", "numbers.npz", "", "it lacks mu, for FID; it lacks sigma"),
+        ("", "objects.npz", "", "objects.npz cannot be used"),
+        ("", "pickle.npz", "", "pickle.npz cannot be used"),
+        ("flipped.npz", "", "", "flipped.npz is damaged"),
+        ("floats.npz", "", "", "floats.npz holds arr_0 of float32 [4, 32, 32, 3], which are no images"),
+        ("", "larger", "", "hold images of 32 x 32 and 64 x 64 pixels"),
+        ("mixed", "", "", "mixed/003.png is 40 x 30 pixels"),
+        ("empty", "", "", "empty holds no PNG or JPEG images"),
+        ("code", "", "", "code/003.png cannot be read as an image"),
+        ("nowhere", "", "", "nowhere does not exist"),
+        ("", "nowhere.npz", "", "nowhere.npz does not exist"),
+        ("", "", "--batch_size 0", "--batch_size: must be at least 1, not 0"),
+        ("", "", "--inception_weights file.pth", "--inception_weights has no use"),
+        ("", "", "--device cuda:99", "--device cuda:99 is not there"),
+        ("", "", "--json /proc/none/scores.json", "cannot write /proc/none/scores.json"),
     ],
 )
-def test_unusable_statistics_are_refused_by_name(arrays, message, tmp_path):
-    path = tmp_path / "stats.npz"
-    if isinstance(arrays, bytes):
-        path.write_bytes(arrays)
-    elif arrays:
-        np.savez(path, **arrays)
-    with pytest.raises(InputError, match=message) as caught:
-        Statistics.load(path, 3)
-    assert str(path) in str(caught.value)
+def test_bad_input_is_one_sentence_before_any_work(generated, real, flags, message, bad, folders, capsys, monkeypatch):
+    monkeypatch.setattr(program, "load_extractor", mock.Mock(side_effect=AssertionError("work has begun")))
+    arguments = [bad / generated if generated else folders[0], "--reference", bad / real if real else folders[1]]
+    error = refusal(capsys, "evaluate", *arguments, *FASHION, *flags.split())
+    assert message.format(bad=bad) in error
+    assert not any(advice in error for advice in ("allow_pickle", "weights_only", "unsafe"))
 
 
-# Inception's weights
-
-
-class RunsCode:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def test_pickle_that_runs_code_is_refused_as_inception_weights(tmp_path):
-    marker = tmp_path / "executed"
-    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
-        save({"fc.weight": RunsCode(marker)}, tmp_path / "weights.pth")
-        with pytest.raises(InputError, match=r"could run code.*--inception_weights"):
-            load_extractor("inception", tmp_path / "weights.pth")
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"fc.weight": torch.zeros(3)}, "does not hold"),
-        ([1, 2], "does not hold"),
-        (b"PK\x03\x04 cut off", "damaged"),
-        (None, "do not exist"),
-    ],
-)
-def test_unusable_inception_weights_are_refused_by_name(content, message, tmp_path):
-    path = tmp_path / "weights.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(InputError, match=message) as caught:
-        load_extractor("inception", path)
-    assert str(path) in str(caught.value) and "--inception_weights" in str(caught.value)
-
-
-def test_inception_without_network_names_file_release_and_flag(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(download, "RETRY_WAITS", ())
-    refuse = mock.Mock(side_effect=OSError("Network is unreachable"))
-    monkeypatch.setattr(download.urllib.request, "urlopen", refuse)
-    with pytest.raises(InputError) as caught:
-        load_extractor("inception")
-    for part in (scoring.INCEPTION_FILE, "https://github.com/toshas/torch-fidelity/releases", "--inception_weights"):
-        assert part in str(caught.value)
-    assert refuse.called
-
-
-# The command line
-
-
-@pytest.fixture
-def stats(tmp_path) -> Path:
-    dim = FEATURES_DIMS["fashion"]
-    Statistics(np.zeros(dim), np.eye(dim)).save(tmp_path / "stats.npz")
-    return tmp_path / "stats.npz"
-
-
-def test_bad_folders_and_images_exit_with_2_and_a_sentence(sample, stats, tmp_path, capsys):
-    images, _ = sample
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    truncated = write_images(tmp_path / "truncated", images[:5])
-    (truncated / "003.png").write_bytes((truncated / "003.png").read_bytes()[:150])
-    mixed = write_images(tmp_path / "mixed", images[:5])
-    Image.new("RGB", (40, 30)).save(mixed / "004.png")
-    large = write_images(tmp_path / "large", torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    for folder, message in [
-        (tmp_path / "nowhere", "nowhere is not a folder"),
-        (empty, "empty holds no PNG or JPEG"),
-        (truncated, "truncated/003.png cannot be read"),
-        (mixed, "mixed/004.png is 40 x 30 pixels"),
-        (large, "takes 32 x 32 RGB images"),
+def test_bad_input_to_the_other_commands_is_refused(bad, folders, capsys):
+    for arguments, message in [
+        (["statistics", folders[1], "--keep_features", 31], "at least 31 images (--keep_features)"),
+        (["statistics", bad / "one"], "at least 2 images"),
+        (["statistics", bad / "plain.npz"], "plain.npz holds no images"),
+        (["statistics", bad / "larger", *FASHION], "takes 32 x 32 RGB images"),
+        (["statistics", bad / "damaged", *FASHION], "damaged/003.png cannot be read as an image"),
+        (["export", bad / "plain.npz"], "plain.npz holds no images"),
     ]:
-        assert run_score("evaluate", folder, "--statistics", stats, "--features", "fashion") == 2
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
-        (["--statistics", "missing.npz"], "missing.npz does not exist"),
-        (["--inception_weights", "file.pth"], "--inception_weights has no use"),
-        (["--json", "/proc/none/scores.json"], "cannot write /proc/none/scores.json"),
-    ],
-)
-def test_bad_flags_exit_with_2_before_any_work(arguments, message, folders, stats, capsys, monkeypatch):
-    monkeypatch.setattr(score_script, "extract", mock.Mock(side_effect=AssertionError("work has begun")))
-    assert run_score("evaluate", folders[0], "--statistics", stats, "--features", "fashion", *arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_absent_device_exits_with_2(folders, stats, capsys):
-    arguments = ["evaluate", str(folders[0]), "--statistics", str(stats), "--device", "cuda:99"]
-    assert score_script.main(arguments) == 2
-    assert "--device cuda:99 is not there" in capsys.readouterr().err
-
-
-# Fashion-MNIST
-
-
-def write_idx(path: Path, array: np.ndarray, cut: int | None = None) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-    path.write_bytes(gzip.compress(header + array.tobytes())[:cut])
-
-
-def test_fashion_mnist_is_read_and_padded(tmp_path, monkeypatch):
-    monkeypatch.setitem(fashion.SPLITS, "test", ("t10k", 3))
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
-    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", pixels)
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([9, 0, 4], np.uint8))
-    images, labels = load_fashion_mnist(tmp_path, "test")
-    assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8 and labels.tolist() == [9, 0, 4]
-    for channel in range(3):
-        np.testing.assert_array_equal(images[:, channel, 2:-2, 2:-2], pixels)
-    assert images.sum() == 3 * int(pixels.sum())  # the border is black
-
-
-def test_missing_or_damaged_fashion_mnist_is_refused_by_name(tmp_path):
-    images = tmp_path / "t10k-images-idx3-ubyte.gz"
-    with pytest.raises(InputError, match="dataset-fashion-mnist"):
-        load_fashion_mnist(tmp_path, "test")
-    for damage in (
-        lambda: images.write_bytes(b"<html>"),
-        lambda: write_idx(images, np.zeros((10_000, 28, 28), np.uint8), cut=-9),
-        lambda: write_idx(images, np.zeros((10, 28, 28), np.uint8)),
-    ):
-        damage()
-        with pytest.raises(InputError, match=images.name):
-            load_fashion_mnist(tmp_path, "test")
-
-
-def test_classifier_file_of_another_network_is_refused(tmp_path):
-    classifier = FashionClassifier()
-    classifier.head = nn.Linear(3, 3)
-    torch.save(classifier.state_dict(), tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"head\.weight"):
-        load_classifier(tmp_path / "other.pth")
-
-
-def test_training_learns_and_a_second_call_continues_it(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "load_fashion_mnist", lambda folder, split: sample)
-    result = train_classifier(tmp_path, steps=30, batch_size=50)
-    assert result > 0.3  # 0.1 by chance
-    first = load_classifier(tmp_path / "fashion_classifier.safetensors").state_dict()
-    assert train_classifier(tmp_path, steps=30, batch_size=50) == result  # nothing left to do
-    for name, value in load_classifier(tmp_path / "fashion_classifier.safetensors").state_dict().items():
-        assert torch.equal(value, first[name]), name
-    with pytest.raises(InputError, match="30 steps"):
-        train_classifier(tmp_path, steps=40)
-
-
-def test_augmentation_only_flips_and_shifts(sample):
-    images = sample[0][:40]
-    changed = training._flip_and_shift(images, torch.Generator().manual_seed(0))
-    for before, after in zip(images, changed):
-        allowed = (
-            image.roll((down, right), dims=(1, 2))
-            for image in (before, before.flip(2))
-            for down in range(-2, 3)
-            for right in range(-2, 3)
-        )
-        assert any(torch.equal(after, image) for image in allowed)
-    assert not torch.equal(images, changed)
+        assert message in refusal(capsys, *arguments, "--output", bad / "out.npz")

@@ -29,39 +29,21 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / "data" / "vae.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def kl16() -> AutoencoderKL:
-    vae = AutoencoderKL().eval()
-    vae.load_state_dict({name: made_up_weight(name, tuple(value.shape)) for name, value in vae.state_dict().items()})
-    return vae
-
-
 @pytest.fixture
 def small() -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(**SMALL)
 
 
-def test_parameter_names_are_those_of_the_published_weights(kl16, reference):
+@torch.inference_mode()
+def test_names_and_numbers_are_those_of_the_published_weights_and_the_reference():
+    reference = dict(np.load(Path(__file__).parent / "data" / "vae.npz", allow_pickle=False))
+    kl16 = AutoencoderKL().eval()
+    kl16.load_state_dict({name: made_up_weight(name, tuple(value.shape)) for name, value in kl16.state_dict().items()})
     assert sorted(kl16.state_dict()) == sorted(reference["names"].tolist())
-    assert kl16.stride == 16
-
-
-@torch.inference_mode()
-def test_decode_equals_the_reference(kl16, reference):
-    image = kl16.decode(made_up("z", (1, 16, 16, 16)))
+    image = kl16.decode(made_up("z", (1, kl16.embed_dim, 16, 16)))
     torch.testing.assert_close(image, torch.from_numpy(reference["image"]), rtol=0, atol=1e-4)
-
-
-@torch.inference_mode()
-def test_encode_equals_the_reference(kl16, reference):
-    posterior = kl16.encode(0.5 * made_up("x", (1, 3, 256, 256)))
+    posterior = kl16.encode(0.5 * made_up("x", (1, 3, 16 * kl16.stride, 256)))
     moments = torch.from_numpy(reference["moments"])
     torch.testing.assert_close(posterior.parameters, moments, rtol=0, atol=1e-4)
     torch.testing.assert_close(posterior.mean, moments[:, :16], rtol=0, atol=1e-4)
@@ -99,19 +81,6 @@ def test_gradient_reaches_every_parameter(small):
     assert without == []
 
 
-def test_training_lowers_the_reconstruction_error(small):
-    x = made_up("train", (4, 3, 1, 1)).tanh().expand(-1, -1, 32, 32)
-    optimizer = torch.optim.Adam(small.parameters(), lr=1e-3)
-    errors = []
-    for _ in range(20):
-        error = (small.decode(small.encode(x).sample()) - x).square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        errors.append(error.item())
-    assert errors[-1] < 0.5 * errors[0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_kl_agrees_with_torch_distributions(dtype):
     parameters = made_up("kl", (3, 8, 16, 16)).to(dtype)
@@ -134,13 +103,6 @@ def test_samples_follow_the_posterior_and_the_generator():
     assert first.var().item() == pytest.approx(np.exp(-2.0), rel=0.05)
 
 
-def test_log_variance_is_clamped():
-    posterior = DiagonalGaussian(torch.tensor([0.0, 0.0, -100.0, 100.0]).view(1, 4, 1, 1))
-    assert posterior.logvar.flatten().tolist() == [-30.0, 20.0]
-
-
-def test_wrong_widths_and_image_sizes_are_refused(small):
-    with pytest.raises(ValueError, match="multiple of 32"):
-        AutoencoderKL(ch=48)
+def test_image_sizes_that_do_not_divide_are_refused(small):
     with pytest.raises(ValueError, match="multiples of 2, not 32 x 31"):
         small.encode(torch.zeros(1, 3, 32, 31))

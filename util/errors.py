@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
-from typing import Any, Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 class InputError(Exception):
@@ -13,7 +13,7 @@ class InputError(Exception):
 
 
 def why_unreadable(error: Exception) -> str:
-    """Shorten a library's error on a file that it could not read to one line, without advice to read it unsafely."""
+    """Shorten a library's error about an unreadable file to one line, without its advice to read it unsafely."""
     text = str(error).strip()
     if "weights_only" in text or "pickle" in text:  # PyTorch's and NumPy's advice names their switches
         line = "it holds something else than plain tensors or arrays"
@@ -23,7 +23,7 @@ def why_unreadable(error: Exception) -> str:
 
 
 def describe_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe, for a message, the settings that both name with different values."""
+    """Describe, for a message, the names that both mappings hold with different values."""
     return [
         f"{name} {there[name]} there, {value} now"
         for name, value in now.items()

@@ -1,4 +1,4 @@
-"""Writing files so that they are never seen half-written, and the digest of a file."""
+"""Atomic writes, and the digest of a file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from util.errors import InputError
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, that file becomes `path` in one step.
+    """Yield a temporary path beside `path`; when the block ends without an error, that file replaces `path` at once.
 
-    Readers see the old file or the whole new one, also after a crash or a power cut. If the block raises, `path` stays
-    as it was and the temporary file is removed. Missing parent folders are made.
+    Readers see the earlier file or the whole new one, also after a crash or a power cut. If the block raises, `path`
+    stays as it was and the temporary file is removed. Missing parent folders are made.
 
     The temporary name ends in `.partial`, so that a search for `*.png` never finds it. A writer that picks its format
-    by the ending has to be told: `image.save(partial, format="PNG")`; `numpy.savez` has to be given an open file.
+    by the ending has to be told: `image.save(partial, format="PNG")`; `numpy.savez` needs an open file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # by any process of any machine
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # unique among processes and machines
     try:
         partial.touch()
         mode = partial.stat().st_mode & 0o777
@@ -38,19 +38,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be written there, now rather than after the work."""
+    """Raise InputError unless a file can be written at `path`: before the work rather than after it."""
+    test = path.with_name(path.name + ".test")
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        with atomic_write(path.with_name(path.name + ".test")) as partial:
-            partial.touch()
-        path.with_name(path.name + ".test").unlink()
+        with atomic_write(test):
+            pass
+        test.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}): name another file.") from None
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; reads 1 MiB at a time."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal; reads 1 MiB at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

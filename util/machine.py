@@ -1,12 +1,10 @@
-"""The machine and the software that a run uses: device, dtype, processor, versions, digests of code and weights."""
+"""The machine and the software that a run uses: device, dtype, precision, versions, digests of code and weights."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import platform
-import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,42 +15,47 @@ from util.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PACKAGES = ("torch-fidelity", "numpy", "pillow")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Choose the device of a process: "cpu", "cuda" (the GPU with its number), or "auto" (a GPU where there are any).
+    """Choose the device of a process: "cpu", "cuda" (the GPU number `local_rank`), or "auto" (a GPU if there is one).
 
     Raises InputError if there is no such device.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device on this machine; give --device cpu")
+        raise InputError("--device cuda: PyTorch finds no usable GPU on this machine; give --device cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the number of GPUs here")
     torch.cuda.set_device(local_rank)
+    # float32 means float32. In bfloat16, matmuls may add partial sums in bfloat16, which is PyTorch's default.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     return torch.device("cuda", local_rank)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Choose a dtype by its key in `DTYPES`, or "auto": bfloat16 on GPUs and CPUs that compute in it, else float32."""
+    """Choose a dtype by its key in `DTYPES`, or "auto": bfloat16 where the device computes in it, else float32."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" or cpu_computes_in_bfloat16() else "float32"
+        name = "bfloat16" if computes_in_bfloat16(device) else "float32"
     return DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's key in `DTYPES`."""
+    """Return a dtype's key in `DTYPES`."""
     return str(dtype).removeprefix("torch.")
 
 
-def cpu_computes_in_bfloat16() -> bool:
-    """Ask whether the CPU has instructions for bfloat16 matmuls that PyTorch uses.
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has instructions for bfloat16 matmuls that PyTorch uses.
 
-    With them, bfloat16 is faster than float32; without, it is many times slower. The instructions are AMX (Intel),
-    AVX512-BF16 (AMD and Intel), or Arm's bf16 extension. PyTorch says so itself; where it does not, as versions before
-    2.5 do not for x86, the answer is no.
+    With them, bfloat16 is faster than float32; without them it is many times slower. On GPUs they come with compute
+    capability 8.0; on CPUs they are AMX (Intel), AVX512-BF16 (AMD and Intel) and Arm's bf16 extension.
     """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
@@ -62,14 +65,25 @@ def cpu_computes_in_bfloat16() -> bool:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Compute in bfloat16 within the block where that is faster than float32; parameters stay float32. For training."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype("auto", device) == torch.bfloat16)
+    """Compute in bfloat16 within the block if that is faster than float32; parameters stay float32. For training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device))
 
 
-def where(device: torch.device) -> str:
-    """Name host and device, for a person to read."""
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return f"{socket.gethostname()} {device}{gpu}"
+def introduce(device: torch.device, dtype: torch.dtype, world_size: int, *, asked: tuple[str, str]) -> str:
+    """Say what computes, and note what a user may not expect who `asked` for this --device and --dtype."""
+    lines = [f"{device.type} ({processor_name(device)}), {dtype_name(dtype)}, world size {world_size}"]
+    if asked[0] == "auto" and device.type == "cpu" and torch.version.cuda:
+        lines.append(
+            f"note: PyTorch is built for CUDA {torch.version.cuda} and finds no usable GPU, so the CPU computes; "
+            "nvidia-smi shows the GPUs and their driver, which may be too old"
+        )
+    if device.type == "cuda" and asked[1] == "auto" and dtype == torch.float32:
+        lines.append(
+            "note: this GPU does not compute in bfloat16 (its compute capability is below 8.0): --dtype decides"
+        )
+    if device.type == "cpu" and dtype.itemsize == 2 and not computes_in_bfloat16(device):
+        lines.append(f"note: this processor does not compute in {asked[1]}: --dtype float32 is many times faster")
+    return "\n".join(lines)
 
 
 def processor_name(device: torch.device) -> str:
@@ -84,16 +98,20 @@ def processor_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Describe all that numbers' rounding depends on: versions, processor and threads, and a digest of the code."""
-    found = {"torch": str(torch.__version__)}
-    for name in ("torch-fidelity", "numpy", "pillow"):
+    """Describe what the rounding of numbers depends on: versions, processor, precision, and a digest of the code."""
+    found = {"torch": str(torch.__version__), "python": platform.python_version()}
+    for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):  # a benchmark needs no torch-fidelity
             found[name] = version(name)
-    return {**found, "python": platform.python_version(), "processor": processor_name(device), "code": code_digest()}
+    if device.type == "cuda":
+        matmul = torch.backends.cuda.matmul
+        found["TF32"] = f"matmul {matmul.allow_tf32}, cuDNN {torch.backends.cudnn.allow_tf32}"
+        found["bfloat16 reductions"] = str(matmul.allow_bf16_reduced_precision_reduction)
+    return {**found, "processor": processor_name(device), "code": code_digest()}
 
 
 def code_digest() -> str:
-    """A digest of the code that makes images; any edit changes it, even of a comment."""
+    """Return a digest of the code that makes images; any edit changes it, even of a comment."""
     digest = hashlib.sha256()
     for file in sorted([*ROOT.glob("models/**/*.py"), *ROOT.glob("diffusion/*.py")]):
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
@@ -101,14 +119,8 @@ def code_digest() -> str:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """A digest of a network's weights."""
+    """Return a digest of a network's weights."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def launch_name() -> str | None:
-    """Name the launch by torchrun, which keeps its name when torchrun restarts processes; None without torchrun."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{socket.gethostname()} {os.getppid()}" if run == "none" else run  # "none": launches without an id

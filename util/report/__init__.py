@@ -1,1 +1,1 @@
-"""The page that `report.py` makes of the results."""
+"""The page that `reproduce.py` draws from run folders, beside the published figures."""

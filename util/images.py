@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ def map_images(network: Callable[[Tensor], T], images: Tensor) -> list[T]:
     """Apply a convolutional network to a batch [B, ...] in parts; return its results in order.
 
     On a CPU a part is one image, computed by one thread. A convolution rounds differently when several threads share
-    it, and for many images at a time; an image must depend neither on the processes that divide a machine nor on the
-    images beside it.
+    it, and for several images at a time; an image must depend neither on the number of processes on a machine nor on
+    the other images of its batch.
     """
     if images.device.type != "cpu":
         return [network(part) for part in images.split(IMAGES_AT_ONCE)]
@@ -39,7 +39,7 @@ def map_images(network: Callable[[Tensor], T], images: Tensor) -> list[T]:
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decode the VAE's latents [B, C, h, w] to images [B, 3, H, W] float32, in about [-1, 1].
 
-    The latents that a sampler makes are at unit scale: divide them by `model.latent_scale` first.
+    A sampler's latents are at unit scale: divide them by the preset's `latent_scale` first.
     """
     dtype = vae.post_quant_conv.weight.dtype
 
@@ -68,7 +68,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int = 8, gap: int = 2, min_size: int = 64) -> np.ndarray:
-    """Lay out images [H, W, 3] uint8 in rows of `columns`, on white; those below `min_size` pixels are enlarged."""
+    """Lay out images [H, W, 3] uint8 in rows of `columns`, on white; images below `min_size` pixels are enlarged."""
     height, width = images[0].shape[:2]
     scale = max(1, min_size // height)
     rows, columns = -(-len(images) // columns), min(columns, len(images))

@@ -1,0 +1,393 @@
+"""Checkpoint files: what loads, what is refused and how, and how much memory it takes."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from torch import nn
+
+from models import PRESETS, CachePolicy, create_model, sample_tokens
+from util.download import FILES, OUTPUT_DIR
+from util.errors import InputError
+from util.images import decode, to_pixels
+from util.weights import load_model, load_weights, save_safetensors
+
+ROOT = Path(__file__).parents[1]
+TINY = PRESETS["mar_tiny"]
+BOTH_FORMATS = pytest.mark.parametrize("zip_format", [True, False])  # PyTorch's, since 1.6 and before
+
+
+class Network(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.class_emb = nn.Embedding(10, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.norm = nn.BatchNorm1d(width)  # has floating-point and integer buffers
+
+
+def random_weights(seed: int = 0, width: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value + seed
+        for name, value in Network(width).state_dict().items()
+    }
+
+
+def training_checkpoint(**more) -> dict:
+    return {
+        "model": random_weights(1),
+        "model_ema": random_weights(2),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]},
+        "epoch": 399,
+        **more,
+    }
+
+
+def assert_holds(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    state = module.state_dict()
+    assert state.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(state[name], value), name
+
+
+def refusal(path: Path, **options) -> str:
+    """The message with which `path` is refused; the network must be left as it was."""
+    network = Network()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(InputError) as caught:
+        load_weights(network, path, what="mar_huge", **options)
+    assert_holds(network, before)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    assert not any(advice in message for advice in ("weights_only", "allow_pickle", "unsafe"))
+    return message
+
+
+# What loads
+
+
+@BOTH_FORMATS
+def test_ema_weights_are_preferred_and_what_training_keeps_beside_them_is_passed_over(tmp_path, zip_format):
+    path = tmp_path / "checkpoint.pth"
+    arguments = argparse.Namespace(model="mar_base", blr=None, nested={"a": [1, (2, 3)]}, lr=np.float32(0.1))
+    more = {"best_fid": np.float64(2.3), "epoch": np.int64(3), "done": np.bool_(True), "rng": np.random.get_state()}
+    contents = training_checkpoint(args=arguments, **more)
+    torch.save(contents, path, _use_new_zipfile_serialization=zip_format)
+    network = Network()
+    loaded = load_weights(network, path, what="mar_base")
+    assert_holds(network, random_weights(2))
+    assert loaded == (path, "model_ema", True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "taken"),
+    [
+        ({"model": 1, "ema": 2}, "ema"),
+        ({"ema": 1, "model_ema": 2, "model": 3}, "model_ema"),
+        ({"model": 1}, "model"),
+        ({"state_dict": 1}, "state_dict"),
+        ({"model": 1, "ema_decay": {"value": 0.999}, "rng": {"cpu": torch.zeros(3)}}, "model"),
+    ],
+)
+def test_the_entry_that_is_taken_is_ema_or_the_only_one_and_is_printed(tmp_path, entries, taken, capsys):
+    contents = {name: random_weights(x) if isinstance(x, int) else x for name, x in entries.items()}
+    torch.save(contents, tmp_path / "weights.pth")
+    network = Network()
+    assert load_weights(network, tmp_path / "weights.pth", what="mar_tiny").entry == taken
+    assert_holds(network, contents[taken])
+    assert f"weights for mar_tiny: {taken} of {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_prefix_of_a_wrapper_is_removed_and_that_is_said(tmp_path, prefix, flat, capsys):
+    path = tmp_path / "weights.pth"
+    weights = {prefix + name: value for name, value in random_weights().items()}
+    torch.save(weights if flat else {"model": weights}, path)
+    network = Network()
+    load_weights(network, path, what="mar_tiny")
+    assert_holds(network, random_weights())
+    assert f"without the prefix {prefix}" in capsys.readouterr().out
+    weights["other"] = torch.zeros(1)
+    torch.save({"model": weights}, path)
+    assert "does not fit" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-last.pth", "checkpoint-last.safetensors"])
+def test_a_meta_module_gets_the_weights_in_a_folder_and_keeps_them_when_the_file_changes(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".pth"):
+        torch.save(random_weights(3), path)
+    else:
+        save_safetensors(random_weights(3), path, {"step": "12"})
+    with torch.device("meta"):
+        network = Network().requires_grad_(False)
+    network.norm.requires_grad_(True)
+    assert load_weights(network, tmp_path, what="mar_tiny", device="cpu") == (path, None, False)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_holds(network, random_weights(3))
+    assert {name for name, value in network.named_parameters() if value.requires_grad} == {"norm.weight", "norm.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "metadata", "is_ema"),
+    [
+        ("mar-base.safetensors", random_weights(), {}, False),
+        ("mar-base.safetensors", random_weights(), {"weights": "EMA"}, True),
+        ("mar_base_ema.safetensors", random_weights(), {}, True),
+        ("schema.safetensors", random_weights(), {"schema": "semantic"}, False),
+        ("model-ema.pth", random_weights(), None, True),
+        ("checkpoint-last.pth", training_checkpoint(), None, True),
+        ("no-ema.pth", {"model": random_weights()}, None, False),
+    ],
+)
+def test_ema_weights_are_told_from_others_by_their_entry_name_or_metadata(tmp_path, name, contents, metadata, is_ema):
+    if metadata is None:
+        torch.save(contents, tmp_path / name)
+    else:
+        save_safetensors(contents, tmp_path / name, metadata)
+    assert load_weights(Network(), tmp_path / name, what="mar_base").is_ema == is_ema
+
+
+MEASURE_MEMORY = """
+import os, sys, threading
+import torch
+from torch import nn
+from util.weights import load_weights
+
+def anonymous_megabytes():  # memory of our own: pages of a mapped file can be dropped and do not count
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+def watch():
+    global highest
+    while not done.wait(0.0005):
+        highest = max(highest, anonymous_megabytes())
+
+for path in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    with torch.device("meta"):
+        network = nn.Module()
+        network.weights = nn.ParameterList(torch.empty(1 << 20) for _ in range(16))  # 64 MB
+    start, highest, done = anonymous_megabytes(), 0.0, threading.Event()
+    threading.Thread(target=watch, daemon=True).start()
+    load_weights(network, path, what="mar_tiny", device="cpu")
+    print("peak", max(highest, anonymous_megabytes()) - start, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
+def test_loading_takes_the_memory_of_the_network_not_of_the_file(tmp_path):
+    weights = {f"weights.{i}": torch.full((1 << 20,), float(i)) for i in range(16)}  # 64 MB
+    save_safetensors(weights, tmp_path / "weights.safetensors", {})
+    moments = {i: {"exp_avg": value + 1} for i, value in enumerate(weights.values())}
+    model = {key: value + 3 for key, value in weights.items()}
+    torch.save({"model": model, "model_ema": weights, "optimizer": moments}, tmp_path / "checkpoint.pth")
+    command = [sys.executable, "-c", MEASURE_MEMORY, *map(str, tmp_path.iterdir())]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    peaks = [float(line.split()[1]) for line in output.splitlines() if line.startswith("peak")]
+    assert len(peaks) == 2
+    assert all(64 - 4 < peak < 64 + 4 + 8 for peak in peaks), peaks  # one tensor more, and the reader's own
+
+
+def test_a_loaded_model_and_its_vae_make_pixels_of_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the preset's weights are found from anywhere
+    model, vae = load_model("mar_tiny", "cpu", torch.float32)
+    settings = {"num_iter": 8, "cfg": 3.0, "num_sampling_steps": 20, "cache": CachePolicy(start_step=2)}
+    pixels = to_pixels(decode(vae, sample_tokens(model, torch.tensor([1, 8]), **settings) / TINY.latent_scale))
+    assert (pixels.shape, pixels.dtype) == ((2, 32, 32, 3), np.uint8)
+    assert np.median(pixels[:, 0]) < 10 < pixels[:, 8:24, 8:24].mean()  # a garment on black
+    model, vae = load_model("mar_tiny", "cpu", torch.bfloat16)
+    assert model.mask_token.dtype == vae.post_quant_conv.weight.dtype == torch.bfloat16
+    assert model.diffloss.net.input_proj.weight.dtype == torch.float32
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown model 'mar_giant'"):
+        load_model("mar_giant")
+    with pytest.raises(InputError, match="is a mar_tiny checkpoint, not mar_base"):
+        load_model("mar_base", weights=TINY.checkpoint)
+
+
+def test_another_number_of_classes_and_weights_that_are_not_ema(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(create_model("mar_tiny", class_num=37).state_dict(), path, {})
+    model, _ = load_model("mar_tiny", "cpu", torch.float32, weights=path, class_num=37)
+    assert len(model.class_emb.weight) == 37
+    with pytest.raises(InputError, match=r"does not fit mar_tiny.*--class_num 37"):
+        load_model("mar_tiny", "cpu", torch.float32, weights=path)
+
+    monkeypatch.setitem(vars(TINY), "ema_expected", True)
+    note = f"note: nothing says that {path} holds EMA weights"
+    assert note not in capsys.readouterr().out
+    for rank, printed in ((0, True), (1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        load_model("mar_tiny", "cpu", torch.float32, weights=path, class_num=37)
+        assert (note in capsys.readouterr().out) == printed
+
+
+# What is refused
+
+
+class Payload:
+    """Pickles as a call of `function(argument)`."""
+
+    def __init__(self, function, argument: str) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize("name", ["system", "exec", "getattr"])
+@pytest.mark.parametrize("place", ["args", "model_ema", "whole"])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zip_format, name, place):
+    marker, path = tmp_path / "ran", tmp_path / "evil.pth"
+    payload = {
+        "system": Payload(os.system, f"touch {marker}"),
+        "exec": Payload(builtins.exec, f"open({str(marker)!r}, 'w')"),
+        "getattr": Payload(builtins.getattr, "x"),
+    }[name]
+    contents = payload if place == "whole" else training_checkpoint(**{place: payload})
+    torch.save(contents, path, _use_new_zipfile_serialization=zip_format)
+    message = refusal(path)
+    assert f"{name}, which could run code" in message and f"{path} refers to" in message
+    assert not marker.exists()
+
+
+def test_ignored_prefixes_may_hold_anything_and_nothing_else_may(tmp_path):
+    path = tmp_path / "kl16.ckpt"
+    torch.save({"model": {**random_weights(), "loss.logvar": torch.zeros(()), "loss.discriminator": "none"}}, path)
+    assert "unknown loss.logvar, loss.discriminator" in refusal(path)
+    network = Network()
+    load_weights(network, path, what="VAE", ignore_prefixes=("loss.",))
+    assert_holds(network, random_weights())
+
+
+NO_NUMBERS = "no usable numbers in mask_token"
+NOT_FINITE = "not finite, in mask_token"
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mask_token": None}, NO_NUMBERS),
+        ({"mask_token": np.zeros((1, 1, 6))}, NO_NUMBERS),
+        ({"mask_token": torch.zeros(1, 1, 6, dtype=torch.int64)}, NO_NUMBERS),
+        ({"mask_token": torch.zeros(1, 1, 6).to(torch.float8_e4m3fn)}, NO_NUMBERS),
+        ({"mask_token": torch.zeros(1, 1, 6).to_sparse()}, NO_NUMBERS),
+        ({"mask_token": torch.full((1, 1, 6), float("nan"))}, NOT_FINITE),
+        ({"mask_token": torch.full((1, 1, 6), float("inf"))}, NOT_FINITE),
+        ({"mask_token": torch.zeros(1, 1, 8)}, "has mask_token [1, 1, 8] for [1, 1, 6]"),
+        ({"blocks.2.weight": torch.zeros(6, 6)}, "has the unknown blocks.2.weight"),
+    ],
+)
+def test_entries_that_do_not_fit_are_named(tmp_path, changes, expected):
+    torch.save({"model": {**random_weights(), **changes}}, tmp_path / "weights.pth")
+    assert expected in refusal(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        ([1, 2], "holds a list"),
+        ({"epoch": 3}, "it holds epoch"),
+        ({}, "it holds nothing"),
+        ({"model": {}}, "it holds model"),
+        ({3: torch.zeros(1)}, "it holds 3"),
+        ({"class_emb.weight": torch.zeros(10, 6)}, "it lacks mask_token, blocks.0.weight and"),
+        ({"model": random_weights(), "ema_0.9999": random_weights()}, "several sets of weights (model, ema_0.9999)"),
+        (training_checkpoint(args=argparse.Namespace(output=ROOT)), "PosixPath, which could run code"),
+        (training_checkpoint(args=argparse.Namespace(output=ROOT)), "torch.save({'model_ema': state_dict}, FILE)"),
+    ],
+)
+def test_files_without_the_weights_say_what_they_hold_instead(tmp_path, contents, expected):
+    torch.save(contents, tmp_path / "weights.pth")
+    assert expected in refusal(tmp_path / "weights.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"\n <!DOCTYPE html><html><head><title>Dropbox</title>", "dl=1"),
+        (b"weights to follow\n", "no checkpoint at all"),
+        (bytes(1000), "no checkpoint at all"),
+        (b"PK\x03\x04" + bytes(1000), "no checkpoint at all"),
+        (pickle.dumps(Payload(os.abort, "")), "no checkpoint at all"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, ending, contents, expected):
+    path = tmp_path / f"weights{ending}"
+    path.write_bytes(contents)
+    assert expected in refusal(path)
+
+
+def test_a_missing_file_is_told_with_the_way_to_get_it(tmp_path, monkeypatch):
+    assert "does not exist" in refusal(tmp_path / "weights.pth")
+    assert "holds no checkpoint-last" in refusal(tmp_path)
+    path = tmp_path / FILES["mar_huge"].path
+    assert f"python -m util.download mar_huge --output_dir {tmp_path}`" in refusal(path)
+    monkeypatch.chdir(tmp_path)
+    assert "python -m util.download vae`" in refusal(OUTPUT_DIR / FILES["vae"].path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files_load_or_are_refused_but_nothing_else_happens(tmp_path, kind):
+    whole, path = tmp_path / "whole", tmp_path / "damaged"
+    if kind == "safetensors":
+        save_safetensors(random_weights(), whole, {"step": "12"})
+    else:
+        torch.save(training_checkpoint(), whole, _use_new_zipfile_serialization=kind == "zip")
+    data = whole.read_bytes()
+    chance = random.Random(0)
+    for length in chance.sample(range(len(data)), 30):
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError):
+            load_weights(Network(), path, what="mar_tiny")
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        path.write_bytes(damaged)
+        try:
+            load_weights(Network(), path, what="mar_tiny")
+        except InputError:
+            refused += 1
+    assert 0 < refused < 100
+
+
+# Saving
+
+
+def test_saving_replaces_the_old_file_whole_with_metadata_and_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").touch()
+    path = tmp_path / "new" / "weights.safetensors"
+    save_safetensors(random_weights(1), path, {})
+    save_safetensors({**random_weights(2), "class_emb.weight": torch.ones(6, 10).t()}, path, {"step": "12"})
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata()["step"] == "12"
+        assert torch.equal(file.get_tensor("class_emb.weight"), torch.ones(10, 6))
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(InputError, match=r"cannot write .*weights\.safetensors"):
+        save_safetensors(random_weights(), tmp_path / "plain" / "weights.safetensors", {})

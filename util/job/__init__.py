@@ -1,1 +1,0 @@
-"""The processes of a job: work that they share, signals, signs of life, progress."""

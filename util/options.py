@@ -1,0 +1,339 @@
+"""The flags of `eval.py`: each is read, checked and completed before any work."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+from models import MAR, METHODS, PRESETS, AnnealedSteps, CachePolicy, DetailedTokens, Method, Plan, Preset, find_method
+from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.sampler import SAMPLER_VERSION
+from models.lazymar.schedule import CFG_SCHEDULES
+from models.lazymar.selection import RULES
+from util.cli import Parser, number, numbers
+from util.errors import InputError
+from util.folder import labels_of
+from util.machine import DTYPES, dtype_name
+from util.metrics import add_metric_flags, check_enough, metrics_from_flags
+
+# Settings that the images depend on, besides those of the method.
+SETTINGS = ("model", "class_num", "num_images", "class_labels", "cfg", "cfg_schedule", "temperature", "seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The complete settings of an evaluation, as `parse_options` makes them; a field is the flag of the same name."""
+
+    model: str
+    class_num: int
+    num_images: int
+    class_labels: tuple[int, ...] | None
+    eval_bsz: int
+    method_name: str  # as it was asked for, without the flags that replace its settings
+    method: Method
+    cfg: float
+    cfg_schedule: str
+    temperature: float
+    seed: int
+    device: str
+    dtype: str
+    cuda_graphs: bool
+    resume: Path
+    vae_path: Path
+    statistics: Path
+    inception_weights: Path | None
+    output_dir: Path
+    save_images: bool
+    score: bool
+    metrics: tuple[str, ...]  # besides FID and Inception Score
+    standard_errors: bool
+    overwrite: bool
+    sweep: tuple[Options, ...] = ()  # the runs of several seeds or CFG scales; empty for a single run
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.model]
+
+    @property
+    def meta_model(self) -> MAR:
+        """The network on the meta device: its layers and their sizes, without weights."""
+        return _on_meta(self.model, self.class_num)
+
+    @property
+    def plan(self) -> Plan:
+        """What each step computes."""
+        return self.method.plan(self.meta_model, cfg=self.cfg, cfg_schedule=self.cfg_schedule)
+
+    @property
+    def flops(self) -> list[Flops]:
+        """The FLOPs of each step of sampling one image."""
+        return flops_per_step(self.meta_model, self.plan)
+
+    def labels(self) -> list[int]:
+        """The class of each image."""
+        return labels_of(vars(self))
+
+    def settings(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """What the images depend on besides the weights, as `run.json` holds it."""
+        more = {"device": device.type, "dtype": dtype_name(dtype), "sampler_version": SAMPLER_VERSION}
+        return {**{name: getattr(self, name) for name in SETTINGS}, **record_method(self.method), **more}
+
+
+@functools.lru_cache
+def _on_meta(model: str, class_num: int) -> MAR:
+    with torch.device("meta"):
+        return models.create_model(model, class_num=class_num)
+
+
+def parse_options(argv: Sequence[str] | None = None, description: str | None = None) -> Options:
+    """Read a command line, fill in the defaults, and check what can be checked without files.
+
+    Raises InputError, naming the flag.
+    """
+    args = _parser(description).parse_args(argv)
+    preset, seeds = PRESETS[args.model], args.seed
+    class_num, scales = args.class_num or preset.class_num, (preset.cfg,) if args.cfg is None else args.cfg
+    if args.class_labels is not None and not all(label < class_num for label in args.class_labels or [class_num]):
+        raise InputError(f"--class_labels must be classes of {args.model}, from 0 to {class_num - 1}")
+    for flag, values in (("seed", seeds), ("cfg", scales)):
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"--{flag} takes one value, or several different ones with commas between them")
+    if args.inception_weights and preset.features != "inception":
+        raise InputError(f"--inception_weights is not for {args.model}, which a classifier of its own scores")
+    if args.overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise InputError("--overwrite would delete the images at each restart by torchrun: leave --max_restarts out")
+    metrics = metrics_from_flags(args)
+    without = "--no-score" if not args.score else "--class_labels" if args.class_labels else None
+    if without and (metrics or args.standard_errors):
+        flag = metrics[0] if metrics else "standard_errors"
+        raise InputError(f"--{flag} has no use with {without}, which makes no scores: leave one of them out")
+    num_images = args.num_images or len(args.class_labels or ()) or 50_000
+    check_enough(metrics, num_images, "--num_images is", "make more", standard_errors=args.standard_errors)
+
+    complete = {
+        "class_num": class_num,
+        "num_images": num_images,
+        "method_name": _method_name(args),
+        "method": method_from_flags(args),
+        "resume": args.resume or preset.checkpoint,
+        "vae_path": args.vae_path or preset.vae_path,
+        "statistics": args.statistics or preset.statistics_path,
+        "score": not without,
+        "metrics": metrics,
+    }
+    given = {field.name: getattr(args, field.name) for field in fields(Options) if hasattr(args, field.name)}
+    options = Options(**{**given, **complete, "seed": seeds[0], "cfg": scales[0]})
+    if args.output_dir is None:
+        options = replace(options, output_dir=Path("output", _folder_name(options, scales, seeds)))
+    runs = [replace(options, cfg=cfg, seed=seed) for cfg in scales for seed in seeds]
+    for run in runs:
+        _check_method(run)
+    if len(runs) == 1:
+        return options
+    # Each in a folder of its own, such as seed-0 or cfg-2.5 or cfg-2.5-seed-0.
+    cfg, seed = "cfg-{0.cfg:g}" * (len(scales) > 1), "seed-{0.seed}" * (len(seeds) > 1)
+    folder = "-".join(filter(None, (cfg, seed)))
+    sweep = (replace(run, output_dir=run.output_dir / folder.format(run)) for run in runs)
+    return replace(options, sweep=tuple(sweep))
+
+
+def _folder_name(options: Options, scales: Sequence[float], seeds: Sequence[int]) -> str:
+    """The default name of a run's folder, such as mar_huge-lazy-iter64-cfg3.25-50000."""
+    method = {"mar": "", "lazymar": "-lazy"}.get(options.method_name, "-" + options.method_name.replace("+", "-"))
+    num_iter = _written(options.method.num_iter).replace(",", "-")
+    cfg = "-".join(f"{scale:g}" for scale in scales)
+    name = f"{options.model}{method}-iter{num_iter}-cfg{cfg}-{options.num_images}"
+    if options.class_labels is not None:
+        name += "-classes-" + "-".join(map(str, options.class_labels[:8]))
+    return name + "-seeds" * (len(seeds) > 1)
+
+
+def _check_method(options: Options) -> None:
+    """Raise InputError, naming the flag, for a method that does not fit the model."""
+    try:
+        policy = options.plan.policy
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    blocks, head_blocks = options.meta_model.decoder_blocks, options.meta_model.diffloss.net.res_blocks
+    if policy.token_cache and policy.prune_layer >= len(blocks):
+        raise InputError(f"--prune_layer must be below {len(blocks)}, the decoder blocks of {options.model}")
+    # The default is for any head, and skips what there is.
+    skipped = policy.head_skipped_blocks if policy.head_cache else ()
+    if skipped != CachePolicy().head_skipped_blocks and max(skipped, default=0) >= len(head_blocks):
+        raise InputError(f"--head_skipped_blocks must be below {len(head_blocks)}, the head blocks of {options.model}")
+
+
+# fmt: off
+def _parser(description: str | None) -> Parser:
+    parser = Parser(description, usage="%(prog)s [flags]")
+    add = parser.add_argument
+    switch = functools.partial(add, action=BooleanOptionalAction, default=True)
+    add("--model", choices=PRESETS, default="mar_huge", help="it brings its network, weights and CFG scale")
+    add("--num_images", type=number(int, 1, 10_000_000), metavar="N", help="images to generate (default: 50000)")
+    add("--class_labels", type=numbers(int, 0), metavar="CLASS,...",
+        help="generate these classes in turn, without scores (default of --num_images: one image of each)")
+    add("--class_num", type=number(int, 1), metavar="N", help="classes of fine-tuned weights (default: the model's)")
+    add("--eval_bsz", type=number(int, 1), default=128, metavar="N", help="batch size: images sampled together")
+    add("--cfg", type=numbers(float, 1), metavar="SCALE,...",
+        help="scale of classifier-free guidance, 1 is none; several make a run each (default: the model's)")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="how the scale grows with the known tokens")
+    add("--temperature", type=number(float, 0), default=1.0, metavar="X", help="scale of the diffusion head's noise")
+    add("--seed", type=numbers(int, 0), default=(0,), metavar="SEED,...",
+        help="seed of all random numbers; several make a run each (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is bfloat16 on devices that compute in it")
+    switch("--cuda_graphs", help="on GPUs, capture each step as a CUDA graph and replay it for later batches")
+    add("--resume", type=Path, metavar="PATH",
+        help="MAR's weights: a file, or a folder with checkpoint-last.pth (default: the model's, in pretrained_models)")
+    add("--vae_path", type=Path, metavar="FILE", help="the VAE's weights (default: the model's, in pretrained_models)")
+    add("--statistics", type=Path, metavar="FILE",
+        help="reference of the scores, made by score.py (default: the model's, in pretrained_models)")
+    add("--inception_weights", type=Path, metavar="FILE",
+        help="weights of torch-fidelity's Inception (default: PyTorch's hub folder, downloaded if missing)")
+    add("--output_dir", type=Path, metavar="FOLDER",
+        help="folder of the run; the same command continues it (default: output/ and a name made of the settings)")
+    switch("--save_images", help="write every image as a PNG; if off, only those of the image grid")
+    switch("--score", help="compute FID and Inception Score; if off, no statistics are needed")
+    add("--overwrite", action="store_true", help="delete the run that --output_dir holds, and start anew")
+    add_metric_flags(parser)
+    add_method_flags(parser)
+    return parser
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --method, --lazy_mar and a flag for each setting of `Method` and `CachePolicy`, for `method_from_flags`."""
+    add = parser.add_argument_group("method", "a method sets all of these; each flag replaces one of its settings",
+                                    argument_default=SUPPRESS).add_argument
+    add("--method", default=None, metavar="NAME",
+        help=f"{', '.join(METHODS)}, or several joined by +, such as lazymar+disa (default: mar)")
+    add("--lazy_mar", action="store_true", default=False, help="sample with LazyMAR's caches: --method lazymar")
+    add("--num_stages", type=number(int, 1), metavar="N",
+        help="stages of the order of prediction; 1 is a random order, more halve a checkerboard (default: 1)")
+    add("--num_iter", type=_steps_of_stages, metavar="N,...",
+        help="autoregressive steps; with several stages a number for each, e.g. 24,6,2 (default: 64)")
+    add("--num_sampling_steps", type=_denoising_steps, metavar="N or UPPER:LOWER:SCHEDULE",
+        help="denoising steps of the head; 50:5:linear falls from 50 to 5, other schedules are cosine, two-stage, "
+             "constant and generation (default: 100)")
+    add("--detailed_tokens", type=_detailed_tokens, metavar="SHARE:N or none",
+        help="share of the last stage's tokens that take more denoising steps, and how many, e.g. 0.1:50")
+    add("--unguided_below", type=number(float, 1), metavar="SCALE", help="lowest CFG scale with guidance (default: 1)")
+    add("--lazy_sampling_steps", type=int, metavar="N", help="most denoising steps at steps that are not refresh steps")
+
+    add = parser.add_argument_group("caches", "settings of a method that caches; the defaults are LazyMAR's",
+                                    argument_default=SUPPRESS).add_argument
+    add("--start_step", type=_steps_or_fraction, metavar="N or FRACTION",
+        help="steps before this one are refresh steps; below 1: a fraction of all steps (default: 5)")
+    add("--refresh_interval", type=number(int, 1), metavar="N",
+        help="from then on, one step in this many is a refresh step; of 64 if the order has stages (default: 9)")
+    add("--refresh_steps", type=numbers(int, 0), metavar="STEP,...", help="the refresh steps, in place of these two")
+    add("--prune_layer", type=number(int, 0), metavar="N",
+        help="decoder block after whose attention only the least similar rows are recomputed (default: 3)")
+    add("--kept_fractions", type=_step_fractions, metavar="STEP:FRACTION,...",
+        help=f"recomputed fraction, from each step of 64 on (default: {_written(CachePolicy.kept_fractions)})")
+    add("--min_margin", type=number(int, 0), metavar="N",
+        help="fewest recomputed rows, besides those predicted at this and the last step (default: 15)")
+    add("--selection", choices=RULES, help="recompute the least similar rows, or random ones (default: similarity)")
+    add("--head_refresh_interval", type=_steps_or_fraction, metavar="N or FRACTION",
+        help="one in this many denoising steps runs the whole head; of 100 if their number falls (default: 7)")
+    add("--head_skipped_blocks", type=numbers(int, 0), metavar="N,...",
+        help="head blocks whose cached residual is reused (default: 1,2,3,4)")
+    add("--head_warmup", type=number(float, 0, 1), metavar="X",
+        help="above this fraction of the denoising steps the other head blocks are computed (default: 0.9)")
+    add("--token_cache", action=BooleanOptionalAction, help="reuse the features of most tokens (default: on)")
+    add("--condition_cache", action=BooleanOptionalAction, help="reuse the branches' difference (default: on)")
+    add("--head_cache", action=BooleanOptionalAction, help="reuse the head's features between steps (default: on)")
+# fmt: on
+
+
+def method_from_flags(args: argparse.Namespace) -> Method:
+    """Return the method that the flags of `add_method_flags` ask for.
+
+    Raises InputError for an unknown method, for flags that contradict each other, and for values out of range.
+    """
+    settings, policy = (
+        {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
+        for kind in (Method, CachePolicy)
+    )
+    try:
+        method = find_method(_method_name(args))
+        if args.lazy_mar and method.cache != METHODS["lazymar"].cache:
+            raise InputError(f"--lazy_mar means --method lazymar, not --method {args.method}: leave one of them out")
+        if policy:
+            if method.cache is None:
+                raise InputError(f"--{next(iter(policy))} needs caches: give --lazy_mar too, or a --method that caches")
+            settings["cache"] = replace(method.cache, **policy)
+        return method.replaced(**settings)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
+def _method_name(args: argparse.Namespace) -> str:
+    name = args.method or ("lazymar" if args.lazy_mar else "mar")
+    return "+".join(part.strip().lower() for part in name.split("+"))
+
+
+def record_method(method: Method) -> dict[str, Any]:
+    """Return the settings of a method as `run.json` holds them, by the names of their flags."""
+    cache = vars(method.cache) if method.cache else {}
+    settings = {"lazy_mar": method.cache is not None, **vars(method), **cache}
+    settings.pop("cache")
+    parsed = (AnnealedSteps, DetailedTokens)
+    return {name: str(value) if isinstance(value, parsed) else value for name, value in settings.items()}
+
+
+def describe_method(name: str, method: Method) -> str:
+    """Return the name of a method and the settings that replace its own, such as "lazymar, num_iter 32"."""
+    by_name = record_method(find_method(name))
+    changes = (f"{key} {_written(value)}" for key, value in record_method(method).items() if by_name[key] != value)
+    return ", ".join([name, *changes])
+
+
+def _written(value: Any) -> str:
+    """Write a setting as it is given on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
+    return "none" if value is None else str(value)
+
+
+def _steps_of_stages(text: str) -> int | tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if "," in text else int(text)
+
+
+def _denoising_steps(text: str) -> int | AnnealedSteps:
+    if ":" not in text:
+        return int(text)
+    upper, lower, *schedule = text.split(":", 2)
+    return _made(AnnealedSteps, int(upper), int(lower), *schedule)
+
+
+def _detailed_tokens(text: str) -> DetailedTokens | None:
+    if text.lower() == "none":
+        return None
+    share, steps = text.split(":")
+    return _made(DetailedTokens, float(share), int(steps))
+
+
+def _made(kind: Callable[..., Any], *values: Any) -> Any:
+    """Return `kind(*values)`; argparse shows its own message if it refuses them."""
+    try:
+        return kind(*values)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _steps_or_fraction(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def _step_fractions(text: str) -> tuple[tuple[int, float], ...]:
+    pairs = (item.split(":") for item in text.split(","))
+    return tuple((int(step), float(fraction)) for step, fraction in pairs)

@@ -1,0 +1,210 @@
+"""The processes of one job: those that torchrun started, or a single one without torchrun.
+
+torchrun starts the processes, and ends all of them when one fails. They communicate through the key-value store of
+torch.distributed alone: a counter says which batch is next. A rank that waits for another polls the store, so signals
+reach it and no time limit ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from util.errors import InputError
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.05
+SAME_SIGNAL_SECONDS = 1.0  # Ctrl-C reaches a process from the terminal and once more from its launcher
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of other launchers
+
+
+class Stopped(Exception):
+    """A signal, or the early end of another rank, stops this one. The argument is the exit code."""
+
+
+class Job:
+    """This process among the processes of its job: `rank`, `local_rank` and `world_size` are those of torchrun.
+
+    All ranks call `share`, `in_turn`, `claim` and `barrier` in the same order. A rank that waits for another raises
+    `Stopped` after a signal, or when another rank has ended early.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        launched = "RANK" in environment
+        tasks = next((environment[name] for name in TASK_COUNTS if name in environment), "1")
+        if not launched and tasks != "1":
+            raise InputError(
+                f"{tasks} tasks were launched without torchrun, and each would make all images: start one torchrun per "
+                "machine, as examples/slurm.sbatch does, or one task (in an allocation of more, unset SLURM_NTASKS)"
+            )
+        numbers = [int(environment.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        self.rank, self.world_size, self.local_rank = numbers if launched else (0, 1, 0)
+        self._signal, self._signal_time, self._calls, self._queue = 0, 0.0, 0, ""
+        self._store: Any = dist.HashStore()
+        if self.world_size > 1:
+            self._store = self._join(next(dist.rendezvous("env://"))[0])
+
+    def _join(self, store: Any) -> Any:
+        """Return the store under a prefix of this start of the job.
+
+        When torchrun restarts processes, the store still holds the keys of earlier starts, and the machines may count
+        restarts differently. So rank 0 invents the prefix. Every other rank invents a name and reads the prefix from
+        the key of that name, which cannot be stale.
+        """
+        name = uuid.uuid4().hex
+        if self.rank > 0:
+            store.set(f"name of {self.rank}", name)
+            while not store.check([f"prefix for {name}"]):
+                time.sleep(POLL_SECONDS)
+            joined = dist.PrefixStore(store.get(f"prefix for {name}").decode(), store)
+            joined.add("joined", 1)
+            return joined
+        joined = dist.PrefixStore(name, store)
+        while joined.add("joined", 0) < self.world_size - 1:
+            for rank in range(1, self.world_size):
+                if store.check([f"name of {rank}"]):
+                    store.set(f"prefix for {store.get(f'name of {rank}').decode()}", name)
+            time.sleep(POLL_SECONDS)
+        return joined
+
+    def print0(self, *values: object) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(*values, flush=True)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Call `make()` on rank 0 and return its value on all ranks, as JSON holds it: keys are strings."""
+        key = self._next_key()
+        if self.rank == 0:
+            self._store.set(key, json.dumps(make()))
+        self._wait_until(lambda: self._store.check([key]))
+        return json.loads(self._store.get(key))
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """Return each rank's own `make()`: rank 0 goes first, then a rank of every other machine, then all others.
+
+        So `make` may download a file, whether or not the machines share a disk.
+        """
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.barrier()
+        result = make()
+        for _ in range(turn, 3):
+            self.barrier()
+        return result
+
+    def claim(self, items: Sequence[T]) -> Iterator[T]:
+        """Yield items of a work queue that all ranks share; end early if the job is to stop."""
+        self._queue = self._next_key()
+        while not self._exit_code():
+            position = self._store.add(self._queue, 1) - 1
+            if position >= len(items):
+                return
+            yield items[position]
+
+    def count(self, amount: int) -> int:
+        """Add to the work that is done in the current queue, and return the sum of all ranks."""
+        return self._store.add(f"{self._queue}, done", amount)
+
+    def barrier(self, while_waiting: Callable[[], object] = lambda: None) -> None:
+        """Wait until all ranks are here; `while_waiting` is called again and again."""
+        key = self._next_key()
+        self._store.add(key, 1)
+        self._wait_until(lambda: while_waiting() or self._store.add(key, 0) == self.world_size)
+
+    def leave(self) -> None:
+        """Let rank 0 exit last: where torchrun does not hold the store, it ends with rank 0."""
+        self._store.add("leaving", 1)
+        while self.rank == 0 and self._store.add("leaving", 0) < self.world_size:
+            time.sleep(POLL_SECONDS)
+
+    def fail(self, code: int) -> bool:
+        """Ask the other ranks to end with this exit code; return False if another rank has done so before."""
+        if self._store.add("failures", 1) > 1:
+            return False
+        self._store.set("exit code", str(code))
+        return True
+
+    def check(self) -> None:
+        """Raise `Stopped` if the job is to stop."""
+        if code := self._exit_code():
+            raise Stopped(code)
+
+    def on_signal(self, number: int, _: object) -> None:
+        """Handle a signal: the first one stops the job after the batch in hand, a second one ends it at once."""
+        if not self._signal:
+            self._signal, self._signal_time = number, time.monotonic()
+            if self.rank == 0:
+                os.write(2, b"\nfinishing the batch in hand; a second signal ends the run at once\n")
+        elif time.monotonic() - self._signal_time > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    def _exit_code(self) -> int:
+        """Return the exit code of a job that is to stop, 0 for one that goes on."""
+        if self._signal:
+            return 128 + self._signal
+        return int(self._store.get("exit code")) if self._store.check(["exit code"]) else 0
+
+    def _wait_until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self.check()
+            time.sleep(POLL_SECONDS)
+
+    def _next_key(self) -> str:
+        self._calls += 1
+        return f"call {self._calls}"
+
+
+def launch(main: Callable[[Job], object]) -> int:
+    """Run `main` in this process of the job, and return the exit code.
+
+    The code is 0 if all went well, 2 after an `InputError`, 128 + its number after a signal, and 1 after any other
+    exception. The reason is printed once, by the rank that fails first.
+    """
+    job, handlers = None, {}
+    try:
+        job = Job()
+        handlers = {number: signal.signal(number, job.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        main(job)
+        job.leave()
+        return 0
+    except Stopped as stopped:
+        code, reason = stopped.args[0], ""
+        if code > 128 and job and job.rank == 0:
+            print(f"stopped by {signal.Signals(code - 128).name}; to go on: {command_line()}", file=sys.stderr)
+    except InputError as error:
+        code, reason = 2, f"error: {error}"
+    except dist.DistError:
+        code, reason = 1, f"error: the connection to the job's other processes is lost; to go on: {command_line()}"
+    except Exception:
+        code, reason = 1, traceback.format_exc()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        is_first = job is None or job.fail(code)
+    except dist.DistError:
+        is_first = True
+    if is_first and reason:
+        print(f"[rank {job.rank}] {reason}" if job and job.rank else reason, file=sys.stderr, flush=True)
+    return code
+
+
+def command_line() -> str:
+    """Return the command that continues this job, as far as a process can know how it was launched."""
+    launcher = "python"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        nodes, local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+        launcher = f"torchrun --nnodes={nodes} --nproc_per_node={local}"
+    return f"{launcher} {shlex.join(argument for argument in sys.argv if argument != '--overwrite')}"

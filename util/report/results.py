@@ -1,0 +1,88 @@
+"""Finished runs as the page shows them, and their comparison with the baseline, image by image."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from models.lazymar.flops import Flops
+from util.errors import InputError
+from util.extractors import FEATURES_DIMS
+from util.folder import RunFolder, open_finished
+from util.jackknife import Spread, groups_of_images, jackknife
+from util.metrics import Statistics, read_scores, score
+from util.options import Options, describe_method
+
+
+class Row:
+    """An evaluation and, if it has finished, what its run folder says; otherwise `folder` is None.
+
+    FLOPs and seconds are per image, the latter of sampling. A score that is not known is None.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.metrics: dict[str, Any] = {}
+        self.folder: RunFolder | None = None
+        with contextlib.suppress(InputError):
+            _, self.metrics, self.folder = open_finished(options.output_dir)
+        self.method = self.metrics.get("method") or describe_method(options.method_name, options.method)
+        self.num_images = self.metrics.get("num_images", 0)
+        self.flops = self.metrics.get("flops_per_image") or Flops.of_steps(options.flops).total
+        self.seconds = self.metrics.get("sampling_seconds")
+        self.scores = read_scores(self.metrics)[1]
+        self.fid, self.inception_score, *_ = [*self.scores.values(), None, None]
+        self.num_parameters = sum(parameter.numel() for parameter in options.meta_model.parameters())
+
+    def conditions(self) -> str:
+        """Describe the machine and the versions of a finished run, and the day on which it began."""
+        file = self.options.output_dir / "run.json"
+        run, day = json.loads(file.read_text()), datetime.fromtimestamp(file.stat().st_mtime).date()
+        facts = {"dtype": run["settings"]["dtype"], **run["environment"]}
+        return f"{day}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+class Comparison(NamedTuple):
+    """The first images of a run beside the baseline's of the same seeds, with standard errors.
+
+    intended:       share of the images in which the classifier sees the class that was asked for.
+    pixel_distance: mean absolute difference of a pixel, of 255, from the baseline's image.
+    speed_up:       of sampling, measured; None if a run was not timed.
+    """
+
+    fid: Spread
+    fid_difference: Spread
+    inception_score: Spread
+    intended: Spread
+    pixel_distance: Spread
+    speed_up: float | None
+
+
+def compare(row: Row, baseline: Row, count: int) -> Comparison | None:
+    """Compare the first `count` images of two runs. None if one has not finished, or has fewer images."""
+    if row.folder is None or baseline.folder is None or min(row.num_images, baseline.num_images) < count:
+        return None
+    extractor, labels = row.options.preset.features, np.array(row.folder.labels[:count])
+    reference = Statistics.load(row.options.statistics, FEATURES_DIMS[extractor])
+    folders = row.folder, baseline.folder
+    outputs = [
+        {name: torch.from_numpy(folder.outputs(name)[:count]) for name in ("features", "logits")} for folder in folders
+    ]
+    is_intended = outputs[0]["logits"].argmax(dim=1).numpy() == labels
+    images = [np.stack([folder.read_image(index) for index in range(count)]).astype(np.float32) for folder in folders]
+    distances = np.abs(images[0] - images[1]).mean(axis=(1, 2, 3))
+
+    def measure(chosen: np.ndarray) -> list[float]:
+        parts = [{name: output[chosen] for name, output in of_run.items()} for of_run in outputs]
+        scores = [read_scores(score(part, reference, extractor=extractor))[1].values() for part in parts]
+        (fid, inception_score), (other_fid, _) = ([np.nan if v is None else v for v in values] for values in scores)
+        return [fid, fid - other_fid, inception_score, is_intended[chosen].mean(), distances[chosen].mean()]
+
+    spreads = jackknife(measure, groups_of_images(labels))
+    speed_up = baseline.seconds / row.seconds if row.seconds and baseline.seconds else None
+    return Comparison._make([*spreads, speed_up])

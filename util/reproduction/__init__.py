@@ -1,1 +1,0 @@
-"""The measurements of `reproduce.py`, with the figures that the papers have published."""

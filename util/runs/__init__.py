@@ -1,1 +1,0 @@
-"""A run of `eval.py`: its options, its folder, its images."""

@@ -1,1 +1,0 @@
-"""Files of weights: checkpoints, and where they can be downloaded."""
