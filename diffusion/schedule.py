@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ def cosine_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
     edges = [alpha_bar(step / num_steps) for step in range(num_steps + 1)]
-    return np.array([min(1 - after / before, 0.999) for before, after in zip(edges, edges[1:])])
+    return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(edges)])
 
 
 def check_num_sampling_steps(num_sampling_steps: int) -> None:

@@ -349,7 +349,7 @@ def test_a_failed_capture_names_its_first_cause_and_restores_the_stream(mocked_c
     def fail() -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with pytest.raises(CaptureError, match="^operation not permitted when stream is capturing$"):
+    with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
         CapturedFunction(fail, CudaCapture(torch.device("cuda", 0)), [])
     assert StreamContext.current == "default"
 

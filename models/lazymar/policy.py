@@ -5,6 +5,7 @@ A `CachePolicy` says nothing about which tokens a step predicts, or how.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class CachePolicy:
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
         starts = [start for start, _ in self.kept_fractions]
-        in_order = starts[:1] == [0] and all(before < after for before, after in zip(starts, starts[1:]))
+        in_order = starts[:1] == [0] and all(before < after for before, after in itertools.pairwise(starts))
         in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
         check(in_order and in_range, "kept_fractions", "pairs step:fraction with rising steps from 0, fractions 0 to 1")
 
