@@ -143,7 +143,8 @@ class HeadSampler:
 
     def _mlp(self, number: int, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         block = self.head.res_blocks[number]
-        normed = F.layer_norm(h, h.shape[-1:], *self.norms[number], block.in_ln.eps)
+        weight, bias = self.norms[number]
+        normed = F.layer_norm(h, h.shape[-1:], weight, bias, block.in_ln.eps)
         return block.mlp(modulate(normed, shift, scale).to(self.blocks_dtype))
 
     def _predict(self, kind: DenoisingStep, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
