@@ -1,7 +1,7 @@
 """Evaluate the models of the paper's table, other methods, and LazyMAR's ablations, and draw a page of the results.
 
     torchrun --nproc_per_node=2 reproduce.py
-    python reproduce.py --models mar_tiny --num_images 300 --ablation_images 100
+    python reproduce.py --models mar_tiny --num_images 300
 
 Each evaluation is one of eval.py, in a folder of its own. The same command continues what was cut off, on any number of
 processes, and ends by writing report.html, with its pictures beside it.
@@ -10,31 +10,36 @@ processes, and ends by writing report.html, with its pictures beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eval import evaluate
-from models import PRESETS
+from models import PRESETS, ImageNoise
 from util import machine
 from util.cli import Parser, number
+from util.condition_errors import make_teacher, measure_policies
 from util.errors import InputError
 from util.extractors import FEATURES_DIMS, load_extractor
+from util.files import atomic_write
 from util.folder import check_folder
 from util.memory import memory_needed
 from util.metrics import Statistics, add_metric_flags, metrics_from_flags
 from util.options import Options
 from util.processes import Job, launch
-from util.redundancy import redundancy_of
+from util.redundancy import measure_redundancy
 from util.report.page import write_page
 from util.report.paper import PARAMETERS, TABLE, PaperRow
 from util.report.results import Row
 from util.study import ABLATION_IMAGES, ABLATIONS, METHODS_COMPARED, SMALL_MODEL, TABLE_METHODS, Study
 from util.timing import matmul_rate
-from util.weights import find_weights
+from util.weights import find_weights, load_model
 
 # Share of the matmul rate that sampling reaches, roughly, by bytes per number: small operations cost bfloat16 more.
 SHARES_OF_RATE = {2: 0.3, 4: 0.5, 8: 0.5}
@@ -56,14 +61,40 @@ def main(job: Job) -> None:
     for model in filter(missing.get, missing):
         job.print0(f"note: {model} is skipped: {missing[model]}")
     runs = [options for options in study.runs() if not missing[options.model]]
-    redundancy = {}
+    steps = {}
     for count, options in enumerate(runs, start=1):
         job.print0(f"\nrun {count} of {len(runs)}: {options.output_dir}")
         metrics = evaluate(job, options)
         if options == study.table[options.model, "mar"]:
-            of_run = partial(redundancy_of, options, metrics["settings"], device)
-            redundancy[options.model] = job.share(of_run)
-    job.share(lambda: print(f"\nthe page is {write_page(study, redundancy)}, with its pictures beside it", flush=True))
+            measure = partial(measure_steps, study, options, metrics["settings"], device)
+            steps[options.model] = job.share(measure)
+    job.share(lambda: print(f"\nthe page is {write_page(study, steps)}, with its pictures beside it", flush=True))
+
+
+def measure_steps(study: Study, options: Options, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Measure how steps of a finished baseline resemble each other, and the errors of the ablations' conditions.
+
+    The result is kept in the run's folder. It takes a few dozen images, whose scores do not matter.
+    """
+    file, num_images = options.output_dir / "steps.json", study.args.ablation_images
+    asked = {"settings": settings, "num_images": num_images, "ablations": study.args.ablations}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(file.read_text())
+        if found["asked"] == asked:
+            return found
+    print(f"measuring the conditions of {num_images} images of {options.model}", flush=True)
+    paths = {"weights": options.resume, "vae_weights": options.vae_path}
+    model, _ = load_model(options.model, device, torch.float32, **paths)
+    labels, noise = torch.arange(num_images) % model.class_num, ImageNoise(model, options.seed, range(num_images), 100)
+    teacher = make_teacher(model, options.plan.schedule, labels, noise)
+    found = {
+        "asked": asked,
+        "redundancy": measure_redundancy(model, teacher),
+        "ablations": measure_policies(model, teacher, study.ablations),
+    }
+    with atomic_write(file) as partial_file:
+        partial_file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
 
 
 def check_runs(study: Study, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -156,9 +187,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"reference of the scores of the official models; of {SMALL_MODEL} if that is the only model")
     add_metric_flags(parser, standard_errors=False)
     add("--ablations", nargs="+", choices=("all", "none", *ABLATIONS), default=["all"], metavar="NAME",
-        help=f"settings of LazyMAR to vary on {SMALL_MODEL}: all, none, or some of {', '.join(ABLATIONS)}")
-    add("--ablation_images", type=count, metavar="N",
-        help=f"images of each ablation (default: {ABLATION_IMAGES}, or as many as the baseline has)")
+        help=f"settings of LazyMAR to vary: all, none, or some of {', '.join(ABLATIONS)}")
+    add("--ablation_images", type=number(int, 2), default=ABLATION_IMAGES, metavar="N",
+        help="images whose conditions are compared with the baseline's, for the ablations")
     add("--method", nargs="+", default=METHODS_COMPARED, metavar="NAME",
         help=f"methods to compare on {SMALL_MODEL}, see eval.py, or none")
     add("--output_dir", type=Path, default=Path("output/reproduce"), metavar="FOLDER", help="folder of runs and page")

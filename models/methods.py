@@ -317,6 +317,17 @@ RECAP = Method(
     ),
 )
 
+# LazyMAR at equal FLOPs with half the error of the guidance direction, chosen by `util.condition_errors` on mar_tiny:
+# both branches are computed at every third step, and fewer rows at the early steps pay for it. docs/results.md has the
+# figures.
+LAZYFRESH = Method(
+    cache=CachePolicy(
+        start_step=1,
+        kept_fractions=((0, 0.5), (30, 0.25), (40, 0.15)),
+        condition_interval=3,
+    )
+)
+
 # Guidance in a limited interval, known from diffusion models (arXiv 2404.07724); here of the autoregressive steps.
 LATE_GUIDANCE = Method(unguided_below=1.1)
 
@@ -327,6 +338,7 @@ FAST = GTR.replaced(num_iter=(15, 3, 2), unguided_below=1.2, cache=CachePolicy(r
 METHODS = {
     "mar": Method(),
     "lazymar": LAZYMAR,
+    "lazyfresh": LAZYFRESH,
     "disa": DISA,
     "gtr": GTR,
     "recap": RECAP,

@@ -36,7 +36,7 @@ def memory_needed(model: MAR, plan: Plan, batch_size: int, dtype: torch.dtype, *
     if plan.policy.token_cache:
         blocks = len(model.encoder_blocks) + len(model.decoder_blocks) - plan.policy.prune_layer - 1
         cached += plan.lazy_branches * rows * (2 * blocks + 1)
-    if plan.lazy_branches < plan.num_branches:
+    if plan.has_condition_cache:
         cached += model.seq_len * model.mask_token.shape[-1]
     head, most_tokens = model.diffloss.net, max(step.num_tokens for step in plan)
     modulations = (3 * len(head.res_blocks) + 2) * head.input_proj.out_features * plan.num_branches * most_tokens

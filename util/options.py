@@ -248,6 +248,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="head blocks whose cached residual is reused (default: 1,2,3,4)")
     add("--head_warmup", type=number(float, 0, 1), metavar="X",
         help="above this fraction of the denoising steps the other head blocks are computed (default: 0.9)")
+    add("--condition_interval", type=number(int, 1), metavar="N",
+        help="every so many steps after a refresh step, both branches are computed (default: at refresh steps only)")
     add("--token_cache", action=BooleanOptionalAction, help="reuse the features of most tokens (default: on)")
     add("--condition_cache", action=BooleanOptionalAction, help="reuse the branches' difference (default: on)")
     add("--head_cache", action=BooleanOptionalAction, help="reuse the head's features between steps (default: on)")

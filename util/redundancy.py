@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import MAR, CachePolicy, Plan, Sampler
+from models import MAR, CachePolicy, Plan, make_plan
 from models.lazymar.plan import Step
-from util.files import atomic_write
-from util.options import Options
-from util.weights import load_model
+from util.condition_errors import Teacher
 
 POLICY = CachePolicy()
 ROW_GROUPS = ("tokens predicted at the step before", "tokens predicted at this step", "all other rows")
 REUSED = ("difference between the branches reused", "unconditional branch itself reused")
-NUM_IMAGES = 8
 
 
 class Features(NamedTuple):
@@ -32,40 +27,20 @@ class Features(NamedTuple):
     output: Tensor  # of the last decoder block, conditional branch first [2B, R, D]
 
 
-def redundancy_of(options: Options, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return what `measure_redundancy` finds for a finished baseline run; it is kept in the run's folder."""
-    file = options.output_dir / "redundancy.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(file.read_text())
-        if found["settings"] == settings:
-            return found
-    print(f"measuring the similarity between the steps of {NUM_IMAGES} images", flush=True)
-    paths = {"weights": options.resume, "vae_weights": options.vae_path}
-    model, _ = load_model(options.model, device, torch.float32, **paths)
-    found = {"settings": settings, **measure_redundancy(model, options.plan, options.seed, NUM_IMAGES)}
-    with atomic_write(file) as partial:
-        partial.write_text(json.dumps(found))
-    return found
-
-
 @torch.inference_mode()
-def measure_redundancy(model: MAR, plan: Plan, seed: int, num_images: int) -> dict[str, list[list[float]]]:
-    """Sample images 0, 1, ... of classes 0, 1, ... with the baseline's `plan`, and compare each step with earlier ones.
+def measure_redundancy(model: MAR, teacher: Teacher) -> dict[str, list[list[float]]]:
+    """Compare each step of the baseline, given the teacher's tokens, with earlier ones.
 
     Returns means over images and rows:
         change: [S - 1, 3] by step and `ROW_GROUPS`: 1 - cosine similarity of the prune layer's values to the step
                 before.
         errors: [D, 2] by distance in steps and `REUSED`: relative error of the unconditional branch's output.
     """
-    sampler = Sampler(model, plan)
-    labels = torch.arange(num_images, device=sampler.device) % model.class_num
-    noise = sampler.noise(seed, range(num_images))
-    order = noise.orders.to(sampler.device).flip(1)
-    tokens = model.patchify(sampler(labels, noise)).to(model.mask_token.dtype)
-    tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+    plan = make_plan(teacher.schedule, buffer_size=model.buffer_size)
+    tokens = teacher.tokens.to(model.mask_token.dtype)
     change, errors = [], defaultdict(list)
     earlier: deque[Features] = deque(maxlen=POLICY.refresh_interval)  # the latest first
-    for now in trace(model, labels, plan, tokens, order):
+    for now in trace(model, teacher.class_labels, plan, tokens, teacher.positions):
         for before in list(earlier)[:1]:
             changed = 1 - F.cosine_similarity(now.values, before.values, dim=-1).mean(dim=-1)
             groups = row_groups(now.step, model.buffer_size, plan.num_rows)

@@ -68,12 +68,12 @@ class TokenCache:
     def choose_rows(self, step: Step, values: Tensor) -> Tensor:
         """Choose the rows that are recomputed after the prune layer, given its values of all rows [B, R, D].
 
-        Returns row numbers [B, num_kept]: first the tokens predicted at the step before, which the decoder sees as
-        known for the first time, then the tokens predicted now, whose output is needed, then the rows that the rule
+        Returns row numbers [B, num_kept]: first the tokens predicted since `step.previous`, which the decoder sees as
+        known for the first time, then those whose output is needed, up to `step.horizon`, then the rows that the rule
         scores lowest.
         """
         scores = self.rule.scores(step.index, values)
-        first, last = self.buffer_size + step.previous, self.buffer_size + step.stop
+        first, last = self.buffer_size + step.previous, self.buffer_size + step.horizon
         scores[:, first:last] = math.inf
         others = scores.topk(step.num_kept - (last - first), largest=False).indices
         in_hand = torch.arange(first, last, device=values.device).expand(len(values), -1)

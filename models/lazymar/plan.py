@@ -52,13 +52,13 @@ class Step:
 
     index:         from 0.
     start, stop:   range of the tokens predicted now; the tokens before `start` are known.
-    previous:      first token predicted at the previous step.
+    previous:      first token predicted at the previous step, or at the last step that computed as many branches.
     cfg:           CFG scale; 1 at a step without guidance.
     refresh:       True if everything is computed; always True in the baseline.
     num_branches:  branches that the transformer computes: 2, or the conditional one alone.
     reuses_tokens: True if features of tokens known before `previous` are read from the token cache.
     num_kept:      rows that are recomputed after the prune layer.
-    horizon:       end of the token range whose output is needed before the next refresh step.
+    horizon:       end of the token range whose output is needed before both branches are computed again.
     chains:        the head's plan, and how many of the tokens predicted now take it; see `Schedule`.
     """
 
@@ -106,7 +106,7 @@ class Plan:
 
     num_rows:      P + L.
     num_branches:  2 if any step is guided, else 1.
-    lazy_branches: branches that steps between refresh steps compute, and that the token cache holds.
+    lazy_branches: maximum number of branches that lazy steps compute; the token cache holds as many.
     policy:        the cache policy; in the baseline, one that caches nothing.
     schedule:      the schedule.
     """
@@ -123,6 +123,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def has_condition_cache(self) -> bool:
+        """True if some steps reuse the difference between the branches."""
+        return self.policy.condition_cache and self.num_branches == 2
 
     @property
     def heads(self) -> list[HeadPlan]:
@@ -155,19 +160,24 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     known = [0, *itertools.accumulate(step.num_tokens for step in schedule.steps)]
     num_branches = 2 if any(step.cfg > 1 for step in schedule.steps) else 1
     condition_cache = policy.condition_cache and num_branches == 2
-    lazy_branches = 1 if condition_cache else num_branches
+    lazy_branches = 1 if condition_cache and policy.condition_interval is None else num_branches
     caches_steps = policy.token_cache or condition_cache
-    refreshes = [not caches_steps or policy.is_refresh(index, num_iter) for index in range(num_iter)]
+    refreshes = [index for index in range(num_iter) if not caches_steps or policy.is_refresh(index, num_iter)]
+    both = [index for index in range(num_iter) if not condition_cache or policy.computes_both(index, num_iter)]
 
-    steps = []
-    for index, (scheduled, refresh) in enumerate(zip(schedule.steps, refreshes)):
-        next_refresh = next((step for step in range(index + 1, num_iter) if refreshes[step]), num_iter)
+    steps: list[Step] = []
+    for index, scheduled in enumerate(schedule.steps):
+        refresh, next_both = index in refreshes, _first_after(index, both, num_iter)
         # The unconditional branch is also computed for the steps that will read what it stores.
-        is_guided = any(step.cfg > 1 for step in schedule.steps[index:next_refresh])
-        start, stop, previous = known[index], known[index + 1], known[max(index - 1, 0)]
+        readers_end = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
+        is_guided = any(step.cfg > 1 for step in schedule.steps[index:readers_end])
+        branches = num_branches if is_guided and index in both else 1
+        before = max((step.index for step in steps if step.num_branches >= branches), default=0)
+        start, stop, previous = known[index], known[index + 1], known[before]
+        horizon = known[next_both] if condition_cache and branches == 2 else stop
         reuses_tokens, num_kept = policy.token_cache and not refresh, num_rows
         if reuses_tokens:
-            num_kept = policy.rows_kept(index, num_iter, num_rows, in_hand=stop - previous)
+            num_kept = policy.rows_kept(index, num_iter, num_rows, in_hand=horizon - previous)
         step = Step(
             index=index,
             start=start,
@@ -175,14 +185,18 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
             previous=previous,
             cfg=scheduled.cfg,
             refresh=refresh,
-            num_branches=1 if not is_guided else num_branches if refresh else lazy_branches,
+            num_branches=branches,
             reuses_tokens=reuses_tokens,
             num_kept=num_kept,
-            horizon=known[next_refresh] if condition_cache and refresh and is_guided else stop,
+            horizon=horizon,
             chains=plan_chains(scheduled, policy),
         )
         steps.append(step)
     return Plan(tuple(steps), num_rows, num_branches, lazy_branches, policy, schedule)
+
+
+def _first_after(index: int, steps: list[int], num_iter: int) -> int:
+    return next((step for step in steps if step > index), num_iter)
 
 
 def plan_chains(scheduled: ScheduledStep, policy: CachePolicy) -> tuple[tuple[HeadPlan, int], ...]:

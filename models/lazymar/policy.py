@@ -32,6 +32,8 @@ class CachePolicy:
                                is of the chain's steps.
         head_skipped_blocks:   head blocks whose cached residual is reused between full denoising steps.
         head_warmup:           above this fraction of the chain the other head blocks are computed at every step.
+        condition_interval:    every so many steps after a refresh step, a lazy step computes both branches and stores
+                               their difference anew; None: only refresh steps do.
         token_cache, condition_cache, head_cache: switch each cache on or off.
 
     Raises ValueError, naming the field, for a value out of range.
@@ -49,6 +51,7 @@ class CachePolicy:
     head_refresh_interval: int | float = 7
     head_skipped_blocks: tuple[int, ...] = (1, 2, 3, 4)
     head_warmup: float = 0.9
+    condition_interval: int | None = None
     token_cache: bool = True
     condition_cache: bool = True
     head_cache: bool = True
@@ -72,6 +75,7 @@ class CachePolicy:
         check(is_interval, "head_refresh_interval", "a whole number from 1, or a fraction between 0 and 1")
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
+        check(self.condition_interval is None or self.condition_interval >= 1, "condition_interval", "at least 1")
         starts = [start for start, _ in self.kept_fractions]
         in_order = starts[:1] == [0] and all(before < after for before, after in itertools.pairwise(starts))
         in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
@@ -83,6 +87,13 @@ class CachePolicy:
             return step == 0 or step in self.refresh_steps
         start = count_of(self.start_step, num_iter)
         return step == 0 or step < start or (step - start) % self.refresh_interval == 0
+
+    def computes_both(self, step: int, num_iter: int) -> bool:
+        """Return whether a step of a run with a condition cache computes both branches of guidance."""
+        if self.condition_interval is None:
+            return self.is_refresh(step, num_iter)
+        last_refresh = next(index for index in range(step, -1, -1) if self.is_refresh(index, num_iter))
+        return (step - last_refresh) % self.condition_interval == 0
 
     def rows_kept(self, step: int, num_iter: int, num_rows: int, in_hand: int) -> int:
         """Return how many of `num_rows` rows a lazy step recomputes after the prune layer.

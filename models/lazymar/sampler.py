@@ -139,7 +139,7 @@ class Sampler:
             yield from self._steps(class_labels.to(self.device), noise, latents)
 
     def _steps(self, class_labels: Tensor, noise: Noise, latents: Tensor) -> Iterator[SampledStep]:
-        positions = self._positions(noise.orders.to(self.device))
+        positions = self.positions(noise.orders.to(self.device))
         num_images = len(positions)
         if self.state is None or self.state.num_images != num_images:
             self.state = None  # free its memory before the next one allocates its own
@@ -160,7 +160,7 @@ class Sampler:
         in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
         latents.copy_(self.model.unpatchify(in_raster_order))
 
-    def _positions(self, orders: Tensor) -> Tensor:
+    def positions(self, orders: Tensor) -> Tensor:
         """Return the positions [B, L] of the tokens in order of prediction; those of one step are ascending.
 
         Tokens are kept in this order, so that all tokens that a step needs are a slice.

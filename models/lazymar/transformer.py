@@ -29,8 +29,7 @@ class Transformer:
         self.first_input = model.mask_token.new_empty(num_sequences, plan.num_rows, width)
         self.first_projections = model.mask_token.new_empty(num_sequences, plan.num_rows, 3 * width)
         self.token_cache = TokenCache(model, plan, num_images) if plan.policy.token_cache else None
-        has_condition_cache = plan.lazy_branches < plan.num_branches
-        self.condition_cache = ConditionCache(model, num_images) if has_condition_cache else None
+        self.condition_cache = ConditionCache(model, num_images) if plan.has_condition_cache else None
 
     def begin(self, class_labels: Tensor, positions: Tensor) -> None:
         """Start a batch of classes [B], whose tokens are at `positions` [B, L], in order of prediction.
@@ -102,7 +101,7 @@ class Transformer:
                 if step.num_kept < self.plan.num_rows:
                     kept = cache.flat(cache.choose_rows(step, values))
                     x, queries = take_rows(x, kept), take_rows(queries, kept)
-                    needed = slice(step.start - step.previous, step.stop - step.previous)
+                    needed = slice(step.start - step.previous, step.horizon - step.previous)
                 cache.rule.remember(values)
             x = block.finish(x, queries, keys_values)
         return x

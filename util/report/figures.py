@@ -96,6 +96,21 @@ def redundancy(found: Mapping[str, Any]) -> bytes:
     return png(figure)
 
 
+def errors_by_step(found: Mapping[str, Any]) -> bytes:
+    """Draw the errors of the conditions by step, by policy; see `util.condition_errors`."""
+    figure, [[conditional], [guidance]] = panels(7.6, 2, sharex=True)
+    for number, (axes, title) in enumerate(((conditional, "Conditional branch"), (guidance, "Guidance direction"))):
+        for step in next(iter(found.values()))["refresh_steps"]:
+            axes.axvline(step, color="#bbbbbb", lw=0.8, ls=":")
+        for (label, policy), colour, marker in zip(found.items(), COLOURS, MARKERS):
+            axes.plot(policy["by_step"][number], color=colour, marker=marker, ms=3, label=label)
+        axes.set(title=title, ylabel="Relative error")
+        axes.set_ylim(bottom=0)
+    guidance.set(xlabel="Step")
+    figure.legend(*guidance.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return png(figure)
+
+
 def rows_by_step(plans: Mapping[str, Plan], buffer_size: int) -> bytes:
     """Draw the rows that encoder and decoder compute at each step of each plan.
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from models import PRESETS
+from models import PRESETS, CachePolicy
 from util.files import atomic_write
 from util.folder import side_by_side
-from util.jackknife import Spread
 from util.report import figures, paper
 from util.report.results import Row, compare
 from util.study import SMALL_MODEL, TABLE_METHODS, Study
@@ -23,20 +22,17 @@ HERE = Path(__file__).parent
 MODEL_DRAWN = "mar_huge"  # whose plans are drawn
 
 
-def write_page(study: Study, redundancy: Mapping[str, Any]) -> Path:
+def write_page(study: Study, steps: Mapping[str, Any]) -> Path:
     """Draw the page of a study's run folders, write it with its pictures beside it, and return its path.
 
-    `redundancy` is what `redundancy_of` returns, by model.
+    `steps` is what `measure_steps` of reproduce.py returns, by model.
     """
     table = {key: Row(options) for key, options in study.table.items()}
-    methods, ablations, baseline = {}, {}, table[SMALL_MODEL, "mar"]
+    methods, baseline = {}, table[SMALL_MODEL, "mar"]
     for name, options in study.methods.items():
         row = Row(options)
         methods[name] = row, compare(row, baseline, row.num_images)
-    for name, values in study.ablations.items():
-        of_values = {label: Row(options) for label, options in values.items()}
-        ablations[name] = {label: (row, compare(row, baseline, study.num_compared)) for label, row in of_values.items()}
-    pictures = draw(table, methods, redundancy)
+    pictures = draw(table, methods, steps)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -47,9 +43,10 @@ def write_page(study: Study, redundancy: Mapping[str, Any]) -> Path:
         models=list(PRESETS),
         table=table,
         methods=methods,
-        ablations=ablations,
-        num_compared=study.num_compared,
-        paper_method=study.table[SMALL_MODEL, "lazymar"].method,
+        steps=steps,
+        num_compared=study.args.ablation_images,
+        policies=study.ablations,
+        paper_policy=CachePolicy(),
         conditions=sorted({row.conditions() for row in table.values() if row.folder}),
     )
     folder = study.args.output_dir
@@ -60,7 +57,7 @@ def write_page(study: Study, redundancy: Mapping[str, Any]) -> Path:
     return folder / "report.html"
 
 
-def draw(table: Mapping, methods: Mapping, redundancy: Mapping) -> dict[str, bytes]:
+def draw(table: Mapping, methods: Mapping, steps: Mapping) -> dict[str, bytes]:
     """Draw the pictures that the finished runs allow, by name."""
     drawn = {"MAR": table[MODEL_DRAWN, "mar"].options, "LazyMAR": table[MODEL_DRAWN, "lazymar"].options}
     plans = {name: options.plan for name, options in drawn.items()}
@@ -71,8 +68,10 @@ def draw(table: Mapping, methods: Mapping, redundancy: Mapping) -> dict[str, byt
         baseline, lazymar = (table[model, method] for method in TABLE_METHODS)
         if baseline.folder and lazymar.folder:
             pictures[f"side_by_side_{model}"] = side_by_side(baseline.folder, lazymar.folder)
-        if model in redundancy:
-            pictures[f"redundancy_{model}"] = figures.redundancy(redundancy[model])
+        if model in steps:
+            pictures[f"redundancy_{model}"] = figures.redundancy(steps[model]["redundancy"])
+            if caches := steps[model]["ablations"].get("caches"):
+                pictures[f"errors_{model}"] = figures.errors_by_step(caches)
     return pictures
 
 
@@ -81,9 +80,10 @@ def number(value: float | None, digits: int = 2, sign: str = "") -> str:
     return "–" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
-def spread(measured: Spread, digits: int = 2, sign: str = "") -> str:
+def spread(measured: Sequence[float], digits: int = 2, sign: str = "") -> str:
     """Write a number with its standard error."""
-    return f"{number(measured.value, digits, sign)} ± {number(measured.error, digits)}"
+    value, error = measured
+    return f"{number(value, digits, sign)} ± {number(error, digits)}"
 
 
 def cite(arxiv: str) -> Markup:

@@ -50,16 +50,14 @@ class Row:
 class Comparison(NamedTuple):
     """The first images of a run beside the baseline's of the same seeds, with standard errors.
 
-    intended:       share of the images in which the classifier sees the class that was asked for.
-    pixel_distance: mean absolute difference of a pixel, of 255, from the baseline's image.
-    speed_up:       of sampling, measured; None if a run was not timed.
+    intended: share of the images in which the classifier sees the class that was asked for.
+    speed_up: of sampling, measured; None if a run was not timed.
     """
 
     fid: Spread
     fid_difference: Spread
     inception_score: Spread
     intended: Spread
-    pixel_distance: Spread
     speed_up: float | None
 
 
@@ -74,14 +72,12 @@ def compare(row: Row, baseline: Row, count: int) -> Comparison | None:
         {name: torch.from_numpy(folder.outputs(name)[:count]) for name in ("features", "logits")} for folder in folders
     ]
     is_intended = outputs[0]["logits"].argmax(dim=1).numpy() == labels
-    images = [np.stack([folder.read_image(index) for index in range(count)]).astype(np.float32) for folder in folders]
-    distances = np.abs(images[0] - images[1]).mean(axis=(1, 2, 3))
 
     def measure(chosen: np.ndarray) -> list[float]:
         parts = [{name: output[chosen] for name, output in of_run.items()} for of_run in outputs]
         scores = [read_scores(score(part, reference, extractor=extractor))[1].values() for part in parts]
         (fid, inception_score), (other_fid, _) = ([np.nan if v is None else v for v in values] for values in scores)
-        return [fid, fid - other_fid, inception_score, is_intended[chosen].mean(), distances[chosen].mean()]
+        return [fid, fid - other_fid, inception_score, is_intended[chosen].mean()]
 
     spreads = jackknife(measure, groups_of_images(labels))
     speed_up = baseline.seconds / row.seconds if row.seconds and baseline.seconds else None
