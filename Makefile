@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 # 3 images of each class: under three minutes of sampling on two cores that compute in float32.
 DEMO = --model mar_tiny --num_images 30 --eval_bsz 15
-REPORT = --models mar_tiny --num_images 80 --ablation_images 40 --eval_bsz 20 --device cpu \
+REPORT = --models mar_tiny --num_images 80 --eval_bsz 20 --device cpu \
 	--method mar lazymar lazymar+gtr fast
 
 .PHONY: demo report test lint install clean

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from eval import evaluate
-from models import PRESETS, ImageNoise
+from models import PRESETS
 from util import machine
 from util.cli import Parser, number
 from util.condition_errors import make_teacher, measure_policies
@@ -85,8 +85,7 @@ def measure_steps(study: Study, options: Options, settings: dict[str, Any], devi
     print(f"measuring the conditions of {num_images} images of {options.model}", flush=True)
     paths = {"weights": options.resume, "vae_weights": options.vae_path}
     model, _ = load_model(options.model, device, torch.float32, **paths)
-    labels, noise = torch.arange(num_images) % model.class_num, ImageNoise(model, options.seed, range(num_images), 100)
-    teacher = make_teacher(model, options.plan.schedule, labels, noise)
+    teacher = make_teacher(model, options.plan.schedule, torch.arange(num_images) % model.class_num, options.seed)
     found = {
         "asked": asked,
         "redundancy": measure_redundancy(model, teacher),

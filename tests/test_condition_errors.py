@@ -7,7 +7,7 @@ import pytest
 import torch
 from tools import LABELS, random_model
 
-from models import CachePolicy, ImageNoise, make_plan, mar_schedule
+from models import CachePolicy, make_plan, mar_schedule
 from util.condition_errors import condition_errors, make_teacher, measure_policies
 
 SCHEDULE = mar_schedule(64, num_iter=12, cfg=2.5, num_sampling_steps=4)
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def teacher(model):
-    return make_teacher(model, SCHEDULE, LABELS, ImageNoise(model, 0, range(3), 4))
+    return make_teacher(model, SCHEDULE, LABELS)
 
 
 def errors_of(model, teacher, **settings):
@@ -75,7 +75,9 @@ def test_a_table_holds_means_with_errors_and_costs(model, teacher):
     conditional, guidance = found["means"]
     assert 0 < conditional.error < conditional.value < guidance.value and found["flops"] > 0
     assert found["refresh_steps"] == [0, 1, 2, 6, 10] and len(found["by_step"][0]) == 12
-    assert [error > 1e-12 for error in found["by_step"][0]] == [step not in found["refresh_steps"] for step in range(12)]
+    assert [error > 1e-12 for error in found["by_step"][0]] == [
+        step not in found["refresh_steps"] for step in range(12)
+    ]
 
 
 def test_what_cannot_be_compared_is_refused(model, teacher):

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from models import MAR, CachePolicy, Plan, Sampler, Schedule, make_plan
 from models.lazymar.flops import Flops, flops_per_step
-from models.lazymar.noise import Noise
 from models.lazymar.transformer import Transformer
 from util.jackknife import Spread
 
@@ -54,10 +53,10 @@ class ConditionErrors(NamedTuple):
 
 
 @torch.inference_mode()
-def make_teacher(model: MAR, schedule: Schedule, class_labels: Tensor, noise: Noise) -> Teacher:
-    """Sample images of classes [B] with the baseline, and keep their tokens and conditions."""
+def make_teacher(model: MAR, schedule: Schedule, class_labels: Tensor, seed: int = 0) -> Teacher:
+    """Sample images 0, 1, ... of classes [B] with the baseline, and keep their tokens and conditions."""
     sampler = Sampler(model, make_plan(schedule, buffer_size=model.buffer_size), cuda_graphs=False)
-    latents = sampler.empty_latents(len(class_labels))
+    noise, latents = sampler.noise(seed, range(len(class_labels))), sampler.empty_latents(len(class_labels))
     steps = [(each.conditions.clone(), each.tokens.clone()) for each in sampler.steps(class_labels, noise, latents)]
     conditions, tokens = zip(*steps)
     conditional = torch.cat([each[: len(class_labels)] for each in conditions], dim=1).flatten(0, 1).double()

@@ -62,10 +62,11 @@ def method_flags(method: str, num_iter: int, num_sampling_steps: int) -> list[st
 class Study:
     """The evaluations that a command of `reproduce.py` asks for.
 
-    table:   options by model and method, of all models.
-    methods: options of mar_tiny by method.
+    table:     options by model and method, of all models.
+    methods:   options of mar_tiny by method.
+    ablations: cache policies by ablation and label.
 
-    Raises InputError for an unknown method.
+    Raises InputError for an unknown method, and for an ablation without a lazy step.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -73,6 +74,13 @@ class Study:
         self.table = {(model, name): self.options(model, name) for model in PRESETS for name in TABLE_METHODS}
         self.methods = {name: self.options(SMALL_MODEL, name) for name in args.method}
         self.ablations = {name: ABLATIONS[name] for name in args.ablations}
+        for name, group in self.ablations.items():
+            for label, policy in group.items():
+                if all(policy.is_refresh(step, args.num_iter) for step in range(args.num_iter)):
+                    raise InputError(
+                        f"--ablations {name}: with {label}, none of {args.num_iter} steps is lazy: leave it out, or "
+                        "raise --num_iter"
+                    )
 
     def runs(self) -> Iterator[Options]:
         """Yield the options of each evaluation of `--models`, each once."""
