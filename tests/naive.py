@@ -6,14 +6,16 @@ of settings: orders, attention, caches, schedules and denoising are written out 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import MAR, AnnealedSteps, CachePolicy, DetailedTokens
+from models import MAR, AnnealedSteps, CachePolicy, Method
 
+Rows = list[int]  # numbers of rows; of a sequence, the buffer's come first
 Steps = list[list[int]]  # of each step, the token positions it predicts, ascending
 
 
@@ -107,23 +109,17 @@ def kept_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_
 
 def attention(attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Rows [n, D] attending to rows [m, D], head by head."""
-    size = q.shape[1] // attn.num_heads
     heads = []
-    for head in range(attn.num_heads):
-        part = slice(head * size, (head + 1) * size)
-        weights = torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=1)
-        heads.append(weights @ v[:, part])
+    for queries, keys, values in zip(*(rows.chunk(attn.num_heads, dim=1) for rows in (q, k, v))):
+        weights = torch.softmax(queries @ keys.T / math.sqrt(queries.shape[1]), dim=1)
+        heads.append(weights @ values)
     return attn.proj(torch.cat(heads, dim=1))
 
 
 def similarity(new: torch.Tensor, old: torch.Tensor, num_heads: int) -> torch.Tensor:
     """The cosine of the angle between each row [D] of `new` and of `old`, averaged over the heads."""
-    size = new.shape[1] // num_heads
-    cosines = [
-        F.cosine_similarity(new[:, i * size : (i + 1) * size], old[:, i * size : (i + 1) * size], dim=1)
-        for i in range(num_heads)
-    ]
-    return torch.stack(cosines).mean(0)
+    heads = zip(new.chunk(num_heads, dim=1), old.chunk(num_heads, dim=1))
+    return torch.stack([F.cosine_similarity(now, before, dim=1) for now, before in heads]).mean(0)
 
 
 class Half:
@@ -131,14 +127,14 @@ class Half:
 
     def __init__(self, model: MAR, class_embedding: torch.Tensor) -> None:
         self.model, self.class_embedding = model, class_embedding
-        self.num_rows = model.buffer_size + model.seq_len
-        rows, encoder_dim = self.num_rows, model.fake_latent.shape[1]
-        decoder_dim = model.mask_token.shape[2]
-        self.encoder_keys = [torch.full((rows, encoder_dim), torch.nan).double() for _ in model.encoder_blocks]
-        self.encoder_values = [torch.full((rows, encoder_dim), torch.nan).double() for _ in model.encoder_blocks]
-        self.decoder_input = torch.full((rows, decoder_dim), torch.nan).double()
-        self.decoder_keys = [torch.full((rows, decoder_dim), torch.nan).double() for _ in model.decoder_blocks]
-        self.decoder_values = [torch.full((rows, decoder_dim), torch.nan).double() for _ in model.decoder_blocks]
+
+        def unknown(width: int) -> torch.Tensor:
+            return torch.full((model.buffer_size + model.seq_len, width), torch.nan).double()
+
+        encoder_dim, decoder_dim = model.fake_latent.shape[1], model.mask_token.shape[2]
+        self.encoder_cache = [(unknown(encoder_dim), unknown(encoder_dim)) for _ in model.encoder_blocks]
+        self.decoder_cache = [(unknown(decoder_dim), unknown(decoder_dim)) for _ in model.decoder_blocks]
+        self.decoder_input = unknown(decoder_dim)
 
     def encode(self, tokens: torch.Tensor, rows: list[int], known: list[int]) -> torch.Tensor:
         """The encoder's output at `rows`, which see all `known` rows; rows count the buffer first."""
@@ -146,7 +142,7 @@ class Half:
         buffer = self.class_embedding.expand(model.buffer_size, -1)
         x = torch.cat([buffer, model.z_proj(tokens)]) + model.encoder_pos_embed_learned[0]
         x = model.z_proj_ln(x)[rows]
-        for block, keys, values in zip(model.encoder_blocks, self.encoder_keys, self.encoder_values):
+        for block, (keys, values) in zip(model.encoder_blocks, self.encoder_cache):
             q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=1)
             keys[rows], values[rows] = k, v
             x = x + attention(block.attn, q, keys[known], values[known])
@@ -155,10 +151,8 @@ class Half:
 
     def decode(self, prune_layer: int | None, num_kept: int, certain: list[int], ranking) -> torch.Tensor:
         """The last block's output [P + L, D], NaN where pruned; by a `ranking` [P + L] or by similarity."""
-        rows = torch.arange(self.num_rows)
-        x = self.decoder_input
-        for index, block in enumerate(self.model.decoder_blocks):
-            keys, values = self.decoder_keys[index], self.decoder_values[index]
+        x, rows = self.decoder_input, torch.arange(len(self.decoder_input))
+        for index, (block, (keys, values)) in enumerate(zip(self.model.decoder_blocks, self.decoder_cache)):
             q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=1)
             if index == prune_layer:
                 scores = similarity(v, values, block.attn.num_heads) if ranking is None else ranking.clone()
@@ -174,24 +168,20 @@ class Half:
         return output
 
     def run(
-        self, tokens: torch.Tensor, known: list[int], previous: list[int], now: list[int], policy, num_kept, ranking
+        self, tokens: torch.Tensor, known: Rows, previous: Rows, now: Rows, policy, num_kept, ranking
     ) -> torch.Tensor:
-        """The last block's output for token positions `now`, after `previous`; a `policy` allows old features."""
-        model, first = self.model, self.model.buffer_size
-        buffer_rows = list(range(first))
-        known_rows = buffer_rows + [first + position for position in known]
-        previous_rows = [first + position for position in previous]
+        """The last block's output, to predict rows `now`, after rows `previous`; a `policy` allows old features."""
+        model = self.model
+        buffer = list(range(model.buffer_size))
+        new = buffer + (previous if policy else known)
         if policy is None:
-            new_rows = known_rows
             self.decoder_input = model.mask_token[0] + model.decoder_pos_embed_learned[0]
-        else:
-            new_rows = buffer_rows + previous_rows
-        encoded = self.encode(tokens, new_rows, known_rows)
-        self.decoder_input[new_rows] = model.decoder_embed(encoded) + model.decoder_pos_embed_learned[0, new_rows]
-        certain = previous_rows + [first + position for position in now]
-        return self.decode(policy.prune_layer if policy else None, num_kept, certain, ranking)
+        encoded = self.encode(tokens, new, buffer + known)
+        self.decoder_input[new] = model.decoder_embed(encoded) + model.decoder_pos_embed_learned[0, new]
+        return self.decode(policy.prune_layer if policy else None, num_kept, previous + now, ranking)
 
 
+@functools.cache
 class Schedule:
     """Constants of improved DDPM's 1000 cosine steps, respaced to fewer; later ones than `first` become `first`."""
 
@@ -214,10 +204,6 @@ class Schedule:
         self.previous = [1.0, *self.alpha_bars[:-1]]
         self.betas = [1 - now / before for now, before in zip(self.alpha_bars, self.previous)]
 
-    def posterior_log_variance(self, i: int) -> float:
-        i = max(i, 1)
-        return math.log(self.betas[i] * (1 - self.previous[i]) / (1 - self.alpha_bars[i]))
-
     def step(self, i: int, x, eps, v, noise):
         """One ancestral step from x_i; `noise` is scaled by the temperature already."""
         alpha_bar, previous, beta = self.alpha_bars[i], self.previous[i], self.betas[i]
@@ -225,11 +211,13 @@ class Schedule:
         mean = (beta * math.sqrt(previous) * x0 + (1 - previous) * math.sqrt(1 - beta) * x) / (1 - alpha_bar)
         if i == 0:
             return mean
+        posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
         fraction = (v + 1) / 2
-        log_variance = fraction * math.log(beta) + (1 - fraction) * self.posterior_log_variance(i)
+        log_variance = fraction * math.log(beta) + (1 - fraction) * math.log(posterior_variance)
         return mean + torch.exp(log_variance / 2) * noise
 
 
+@functools.cache
 def sinusoids(timestep: int) -> torch.Tensor:
     """128 cosines and 128 sines of float32 angles, each rounded to float32 from a result of higher precision."""
     exponents = np.float32(-math.log(10000)) * np.arange(128, dtype=np.float32) / np.float32(128)
@@ -284,13 +272,10 @@ def detailed_ones(conditions: torch.Tensor, share: float) -> list[int]:
     return by_detail[len(conditions) - math.floor(len(conditions) * share + 1e-6) :]
 
 
-def denoise(
-    net, z_cond, z_uncond, noise, schedule: Schedule, cfg: float, temperature: float, policy: CachePolicy | None
-) -> torch.Tensor:
-    """Tokens [n, C] sampled for conditions [n, D]; `z_uncond` is None without guidance, `noise` is [S + 1, n, C]."""
+def denoise(net, z_cond, z_uncond, noise, schedule: Schedule, cfg: float, temperature: float, policy) -> torch.Tensor:
+    """Tokens [n, C] sampled for conditions [n, D], by noise [S + 1, n, C], with guidance if `cfg` is above 1."""
     num_steps = len(schedule.timesteps)
-    cond = HeadHalf(net, z_cond)
-    uncond = None if z_uncond is None else HeadHalf(net, z_uncond)
+    cond, uncond = HeadHalf(net, z_cond), HeadHalf(net, z_uncond)
     x = noise[0]
     for drawn, i in enumerate(reversed(range(num_steps)), start=1):
         refresh, warm, skipped = True, False, ()
@@ -304,7 +289,7 @@ def denoise(
             warm = i > policy.head_warmup * num_steps
             skipped = policy.head_skipped_blocks
         eps, v = cond(x, schedule.timesteps[i], refresh, warm, skipped)
-        if uncond is not None:
+        if cfg > 1:
             if refresh:
                 difference = eps - uncond(x, schedule.timesteps[i], refresh, warm, skipped)[0]
             eps = eps + (cfg - 1) * difference
@@ -340,91 +325,73 @@ def rankings(steps: Steps, num_steps: int, num_rows: int, num_tokens: int) -> to
 def sample_tokens(
     model: MAR,
     class_labels: torch.Tensor,
+    method: Method,
     *,
-    num_iter: int | tuple[int, ...],
     cfg: float | list[float],
     cfg_schedule: str,
     temperature: float,
-    num_sampling_steps: int | AnnealedSteps,
     noise,
-    cache: CachePolicy | None = None,
-    num_stages: int = 1,
-    detailed_tokens: DetailedTokens | None = None,
-    unguided_below: float = 1.0,
-    lazy_sampling_steps: int | None = None,
     tokens_per_step: list[int] | None = None,
 ) -> torch.Tensor:
     """What `models.sample_tokens` computes, for a float64 model on the CPU.
 
     The unconditional branch is computed at every step, if at any, whether or not somebody reads it.
     """
-    batch, seq_len, num_rows = len(class_labels), model.seq_len, model.buffer_size + model.seq_len
+    seq_len, num_rows, cache = model.seq_len, model.buffer_size + model.seq_len, method.cache
     cond = [Half(model, model.class_emb.weight[label]) for label in class_labels]
     uncond = [Half(model, model.fake_latent[0]) for _ in class_labels]
-    stored_difference = [None] * batch
+    stored_difference = [None] * len(class_labels)
 
-    stage_steps = (num_iter,) if isinstance(num_iter, int) else num_iter
-    assert len(stage_steps) == num_stages
-    stage_starts = [sum(stage_steps[:stage]) for stage in range(num_stages)]
+    stage_steps = (method.num_iter,) if isinstance(method.num_iter, int) else method.num_iter
+    last_stage = sum(stage_steps[:-1])
     steps: list[Steps] = []
     for order in noise.orders.tolist():
         in_one_stage = in_random_order(order, stage_steps[0], tokens_per_step)
-        steps.append(in_one_stage if num_stages == 1 else by_stages(order, stage_steps))
+        steps.append(in_one_stage if method.num_stages == 1 else by_stages(order, stage_steps))
     num_iter = len(steps[0])
     ranking = [rankings(of_image, num_iter, num_rows, seq_len) for of_image in steps]
 
-    annealing = isinstance(num_sampling_steps, AnnealedSteps)
-    first_timestep = 950 if annealing else 999
-    tokens = torch.zeros(batch, seq_len, model.token_dim).double()
+    first_timestep = 950 if isinstance(method.num_sampling_steps, AnnealedSteps) else 999
+    tokens = torch.zeros(len(class_labels), seq_len, model.token_dim).double()
     for step in range(num_iter):
         refresh = cache is None or is_refresh(cache, step, stage_steps)
         policy = None if refresh or not cache.token_cache else cache
-        z_cond, z_uncond = [], []
-        for image in range(batch):
-            now = steps[image][step]
-            previous = steps[image][step - 1] if step else []
-            known = sorted(position for past in steps[image][:step] for position in past)
+        num_predicted = len(steps[0][step])
+        masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
+        if isinstance(cfg, list):
+            scale = cfg[step]
+        else:
+            scale = guidance(cfg, cfg_schedule, masked_after, seq_len, method.unguided_below)
+        count = annealed(method.num_sampling_steps, step, num_iter, last_stage)
+        if not refresh and method.lazy_sampling_steps is not None:
+            count = min(count, method.lazy_sampling_steps)
+        drawn = noise.draw(step, num_predicted).double()
+
+        for image, of_image in enumerate(steps):
+            predicted = [[model.buffer_size + position for position in past] for past in of_image[: step + 1]]
+            now, previous = predicted[-1], predicted[-2] if step else []
+            known = sorted(row for past in predicted[:-1] for row in past)
             num_kept = kept_rows(cache, step, num_iter, num_rows, len(now) + len(previous)) if policy else num_rows
             chance = ranking[image][step] if policy and policy.selection == "random" else None
             arguments = (tokens[image], known, previous, now, policy, num_kept, chance)
-            h_cond = cond[image].run(*arguments)
-            if cfg == 1:
-                h_uncond = h_cond
-            elif refresh or not cache.condition_cache:
+            h_cond = h_uncond = cond[image].run(*arguments)
+            if cfg != 1 and (refresh or not cache.condition_cache):
                 h_uncond = uncond[image].run(*arguments)
                 stored_difference[image] = h_uncond - h_cond
-            else:
+            elif cfg != 1:
                 h_uncond = h_cond + stored_difference[image]
-            rows = [model.buffer_size + position for position in now]
-            position_embedding = model.diffusion_pos_embed_learned[0, now]
-            z_cond.append(model.decoder_norm(h_cond[rows]) + position_embedding)
-            z_uncond.append(model.decoder_norm(h_uncond[rows]) + position_embedding)
+            position_embedding = model.diffusion_pos_embed_learned[0, of_image[step]]
+            z_cond, z_uncond = (model.decoder_norm(h[now]) + position_embedding for h in (h_cond, h_uncond))
 
-        num_predicted = len(steps[0][step])
-        masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
-        scale = cfg[step] if isinstance(cfg, list) else cfg
-        if not isinstance(cfg, list):
-            scale = guidance(cfg, cfg_schedule, masked_after, seq_len, unguided_below)
-        count = annealed(num_sampling_steps, step, num_iter, stage_starts[-1])
-        if not refresh and lazy_sampling_steps is not None:
-            count = min(count, lazy_sampling_steps)
-        drawn = noise.draw(step, num_predicted).double()
-        for image in range(batch):
-            chosen = []
-            if detailed_tokens is not None and step >= stage_starts[-1]:
-                chosen = detailed_ones(z_cond[image], detailed_tokens.share)
+            chosen, most = [], count
+            if method.detailed_tokens is not None and step >= last_stage:
+                chosen = detailed_ones(z_cond, method.detailed_tokens.share)
+                most = max(count, method.detailed_tokens.num_sampling_steps)
             others = [token for token in range(num_predicted) if token not in chosen]
-            most = max(count, detailed_tokens.num_sampling_steps) if detailed_tokens else None
             for part, num_steps in (chosen, most), (others, count):
                 if part:
-                    tokens[image, [steps[image][step][token] for token in part]] = denoise(
-                        model.diffloss.net,
-                        z_cond[image][part],
-                        z_uncond[image][part] if scale > 1 else None,
-                        drawn[:, image, part],
-                        Schedule(num_steps, first_timestep),
-                        scale,
-                        temperature,
-                        cache,
-                    )
+                    conditions, schedule = (z_cond[part], z_uncond[part]), Schedule(num_steps, first_timestep)
+                    draws, places = drawn[:, image, part], [of_image[step][token] for token in part]
+                    made = denoise(model.diffloss.net, *conditions, draws, schedule, scale, temperature, cache)
+                    tokens[image, places] = made
     return torch.stack([image_of_tokens(model, row) for row in tokens])

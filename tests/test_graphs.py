@@ -10,28 +10,19 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
-from test_methods import short_settings
-from tools import GUIDANCE, LABELS, MODEL, SETTINGS, SMALL, make_sampler
+from tools import MODEL, SETTINGS, SMALL, batch_of, make_sampler, short_settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import MAR, CachePolicy, ImageNoise, Sampler, create_model, sample_tokens
-from models.lazymar import graphs
+from models import Sampler
 from models.lazymar.caches import KeyValueCache
 from models.lazymar.graphs import CapturedFunction, CaptureError, CudaCapture
 from models.lazymar.transformer import Transformer
-
-POLICIES = {
-    "baseline": None,
-    "lazy": CachePolicy(),
-    "random rows": CachePolicy(selection="random"),
-    "pruned in the first block, no condition cache": CachePolicy(prune_layer=0, condition_cache=False),
-    "no token cache": CachePolicy(token_cache=False),
-}
 
 
 class Operations(TorchDispatchMode):
@@ -68,112 +59,67 @@ class Operations(TorchDispatchMode):
 class OperationCapture:
     made = 0
 
-    def __init__(self) -> None:
-        type(self).made += 1
-
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        OperationCapture.made += 1
         with Operations() as operations:
             result = function()
         operations.undo()
         return operations.replay, result
 
 
-def capturing_sampler(capture: type[OperationCapture], model: MAR = MODEL, **settings) -> Sampler:
-    sampler = make_sampler(model, **settings)
+def capturing_sampler(name: str = "lazymar", capture: type = OperationCapture, **changes) -> Sampler:
+    sampler = make_sampler(SMALL, name, **short_settings(name, **changes))
     assert sampler.make_capture is None  # on a CPU
     sampler.make_capture = capture
     return sampler
 
 
-def batch(seed: int, size: int, model: MAR = MODEL) -> tuple[Tensor, ImageNoise]:
-    noise = ImageNoise(model, seed, range(size), SETTINGS["num_sampling_steps"])
-    return LABELS.roll(seed)[:size], noise
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-def test_replayed_batches_are_those_of_the_eager_sampler(cfg: float, policy: CachePolicy | None) -> None:
-    settings = {**SETTINGS, "cfg": cfg, "cache": policy}
-    sampler = capturing_sampler(OperationCapture, **settings)
-    sizes = [2, 2, 2, 1, 2, 2, 2]  # eager, captured, replayed; then all anew
-    for seed, size in enumerate(sizes):
-        labels, noise = batch(seed, size)
-        expected = sample_tokens(MODEL, labels, **settings, noise=noise)
-        torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
-    assert sampler.make_capture is OperationCapture, "it has given up, and shows nothing"
+def eager(sampler: Sampler, labels: Tensor, noise) -> Tensor:
+    return Sampler(sampler.model, sampler.plan, temperature=0.9)(labels, noise)
 
 
 # Chains that grow shorter, some of them shared by several steps; tokens with a chain of their own; a mix of branches.
-METHODS = {
-    "disa": {},
-    "gtr": {"num_iter": (3, 2, 2)},
-    "lazymar+gtr+lateguidance": {"num_iter": (4, 2, 2), "cache": CachePolicy(start_step=1, condition_cache=False)},
-    "disa+recap+lateguidance": {},
-    "fast": {"num_iter": (3, 2, 2)},
-}
+RUNS = [
+    *(("mar", {"cfg": cfg}) for cfg in (1.0, 2.5)),
+    *(("lazymar", {"cfg": cfg, "num_sampling_steps": 21}) for cfg in (1.0, 2.5)),
+    ("lazymar", {"selection": "random"}),
+    ("lazymar", {"prune_layer": 0, "condition_cache": False}),
+    ("lazymar", {"token_cache": False}),
+    ("gtr", {}),
+    ("lazymar+gtr+lateguidance", {"condition_cache": False}),
+    ("disa+recap+lateguidance", {}),
+    ("fast", {}),
+]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_replayed_batches_of_other_methods(name: str) -> None:
-    settings = {"method": name, **GUIDANCE, **short_settings(name), **METHODS[name]}
-    sampler = capturing_sampler(OperationCapture, SMALL, **settings)
-    for seed, size in enumerate([1, 2, 2, 2]):
-        labels, noise = batch(seed, size, SMALL)
-        expected = sample_tokens(SMALL, labels, **settings, noise=noise)
-        torch.testing.assert_close(sampler(labels, noise), expected, rtol=0, atol=0)
-    assert sampler.make_capture is OperationCapture
+@pytest.mark.parametrize(("name", "changes"), RUNS, ids=str)
+def test_replayed_batches_are_those_of_the_eager_sampler(name: str, changes: dict) -> None:
+    sampler = capturing_sampler(name, **changes)
+    for seed, size in enumerate([2, 2, 1, 2, 2, 2]):  # eager, captured; then anew, and replayed too
+        labels, noise = batch_of(SMALL, size, seed)
+        torch.testing.assert_close(sampler(labels, noise), eager(sampler, labels, noise), rtol=0, atol=0)
+    assert sampler.make_capture is OperationCapture, "it has given up, and shows nothing"
     heads = {(count, head) for step in sampler.plan for head, count in step.chains}
     assert sampler.state._execute_head.captured.keys() == heads
 
 
-def test_only_the_second_batch_of_a_size_is_captured() -> None:
-    sampler = capturing_sampler(OperationCapture, **SETTINGS)
-    counts = []
-    for seed in range(4):
-        OperationCapture.made = 0
-        sampler(*batch(seed, 2))
-        counts.append(OperationCapture.made)
-    assert counts[2:] == [0, 0] and counts[0] + counts[1] > 1
-
-
 def test_a_warm_sampler_has_captured_everything() -> None:
-    sampler = capturing_sampler(OperationCapture, **SETTINGS, cache=CachePolicy())
+    sampler = capturing_sampler()
     assert not sampler.is_warm(2)
     sampler.warm_up(2)
     assert sampler.is_warm(2) and not sampler.is_warm(1)
-    OperationCapture.made = 0
-    graphs = len(sampler.state._execute_step.captured), len(sampler.state._execute_head.captured)
-    sampler(*batch(0, 2))
-    assert graphs[0] == SETTINGS["num_iter"] and OperationCapture.made == 0
-    assert graphs == (len(sampler.state._execute_step.captured), len(sampler.state._execute_head.captured))
+    before = OperationCapture.made
+    sampler(*batch_of(SMALL, 2))
+    assert before == OperationCapture.made > len(sampler.plan)
 
 
 def test_on_a_cpu_one_step_warms_up() -> None:
-    sampler, steps = make_sampler(MODEL, **SETTINGS), []
+    sampler, steps = make_sampler(SMALL, num_iter=4, num_sampling_steps=5), []
     assert not sampler.is_warm(2)
     sampler.warm_up(2)
     assert sampler.is_warm(2) and not sampler.is_warm(1)
-    labels, noise = batch(0, 2)
-    latents = sampler(labels, noise, steps.append)
-    assert len(steps) == SETTINGS["num_iter"]
-    torch.testing.assert_close(latents, sample_tokens(MODEL, labels, **SETTINGS, noise=noise), rtol=0, atol=0)
-
-
-def test_where_capturing_fails_the_images_are_made_all_the_same() -> None:
-    class Broken(OperationCapture):
-        def __call__(self, function):
-            if len(function().shape) == 3:  # conditions: their first step has been run by then
-                return super().__call__(function)
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    sampler = capturing_sampler(Broken, **SETTINGS, cache=CachePolicy())
-    sampler(*batch(0, 2))
-    labels, noise = batch(1, 2)
-    with pytest.warns(UserWarning, match="stream is capturing"):
-        latents = sampler(labels, noise)
-    expected = sample_tokens(MODEL, labels, **SETTINGS, cache=CachePolicy(), noise=noise)
-    torch.testing.assert_close(latents, expected, rtol=0, atol=0)
-    assert sampler.make_capture is None
+    sampler(*batch_of(SMALL, 2), steps.append)
+    assert steps == [*sampler.plan]
 
 
 @pytest.fixture
@@ -183,175 +129,37 @@ def no_garbage_collector() -> Iterator[None]:
     gc.enable()
 
 
-def test_what_captured_steps_hold_is_free_before_another_batch_size_takes_its_memory(
-    no_garbage_collector, monkeypatch
-) -> None:
-    sampler = capturing_sampler(OperationCapture, **SETTINGS, cache=CachePolicy())
-    for seed in range(2):
-        sampler(*batch(seed, 2))
-    before, alive = weakref.ref(sampler.state.transformer), []
-    make = Transformer.__init__
-    monkeypatch.setattr(
-        Transformer, "__init__", lambda self, *args: (alive.append(before() is not None), make(self, *args))[1]
-    )
-    sampler(*batch(2, 1))
-    assert alive == [False]
-
-
-def test_what_was_captured_is_free_when_capturing_fails(no_garbage_collector) -> None:
+def test_where_capturing_fails_memory_is_freed_and_the_images_are_made_all_the_same(no_garbage_collector) -> None:
     class OutOfMemory(OperationCapture):
-        calls = 0
-
         def __call__(self, function):
-            type(self).calls += 1
-            if self.calls == 5:
+            if OperationCapture.made == made + 5:  # steps and heads have been captured by then
                 raise RuntimeError("CUDA out of memory")
             return super().__call__(function)
 
-    sampler = capturing_sampler(OutOfMemory, **SETTINGS, cache=CachePolicy())
-    sampler(*batch(0, 2))
+    made, sampler = OperationCapture.made, capturing_sampler(capture=OutOfMemory)
+    sampler(*batch_of(SMALL, 2, seed=0))
     before = weakref.ref(sampler.state.transformer)
+    labels, noise = batch_of(SMALL, 2, seed=1)
     with pytest.warns(UserWarning, match="out of memory"):
-        sampler(*batch(1, 2))
-    assert before() is None
+        latents = sampler(labels, noise)
+    assert before() is None and sampler.make_capture is None
+    torch.testing.assert_close(latents, eager(sampler, labels, noise), rtol=0, atol=0)
 
 
-class NoNoise:
-    """Noise without values."""
+def test_what_captured_steps_hold_is_free_before_another_batch_size_takes_its_memory(
+    no_garbage_collector, monkeypatch
+) -> None:
+    sampler = capturing_sampler()
+    sampler.warm_up(2)
+    before, alive, make = weakref.ref(sampler.state.transformer), [], Transformer.__init__
 
-    def __init__(self, model) -> None:
-        self.orders = torch.empty(2, model.seq_len, dtype=torch.long, device="meta")
-        self.shape = (SETTINGS["num_sampling_steps"] + 1, 2), model.token_dim
+    def noting(transformer: Transformer, *arguments) -> None:
+        alive.append(before() is not None)
+        make(transformer, *arguments)
 
-    def draw(self, step: int, num_tokens: int) -> Tensor:
-        (draws, images), token_dim = self.shape
-        return torch.empty(draws, images, num_tokens, token_dim, device="meta")
-
-
-@pytest.mark.parametrize("name", ["lazymar", "disa+recap"])
-def test_the_loop_never_waits_for_a_value(name: str) -> None:
-    with torch.device("meta"):  # where there are none: asking for one is an error
-        model = create_model("mar_tiny")
-        latents = torch.empty(2, model.vae_embed_dim, 16, 16)
-    sampler = make_sampler(model, name, **short_settings(name))
-    steps = list(sampler.steps(LABELS[:2], NoNoise(model), latents))
-    assert len(steps) == len(sampler.plan)
-
-
-# What CUDA could not capture, asked of tensors on the meta device, which have no values
-
-ILLEGAL = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
-
-
-class LegalCapture(OperationCapture):
-    """Records operations that draw random numbers, depend on values, or touch tensors on the host."""
-
-    illegal: set[str]
-    captured = 0
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        class Legal(TorchDispatchMode):
-            def __torch_dispatch__(mode, func, types, args=(), kwargs=None):
-                if func._can_decompose():
-                    with mode:
-                        return func.decompose(*args, **(kwargs or {}))
-                result = func(*args, **(kwargs or {}))
-                tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-                by_numbers = func.__name__ == "index.Tensor" and not any(x.dtype == torch.bool for x in tensors)
-                tags = [tag for tag in func.tags if tag in ILLEGAL and not by_numbers]
-                if tags or any(not tensor.is_meta for tensor in tensors):
-                    LegalCapture.illegal.add(func.__name__)
-                LegalCapture.captured += 1
-                return result
-
-        with Legal():
-            result = function()
-        return (lambda: None), result
-
-
-@pytest.mark.parametrize("name", ["lazymar", "lazymar+gtr+lateguidance"])
-def test_captured_functions_hold_nothing_that_cuda_cannot_capture(name: str) -> None:
-    LegalCapture.illegal, LegalCapture.captured = set(), 0
-    with torch.device("meta"):
-        model = create_model("mar_tiny")
-        latents = torch.empty(2, model.vae_embed_dim, 16, 16)
-    sampler = make_sampler(model, name, **short_settings(name))
-    sampler.make_capture = LegalCapture
-    for _ in range(2):  # the second batch is captured
-        list(sampler.steps(LABELS[:2], NoNoise(model), latents))
-    assert LegalCapture.captured > 1000 and not LegalCapture.illegal
-
-
-class StreamContext:
-    """Stands in for `torch.cuda.stream`: notes which stream is current."""
-
-    current = "default"
-
-    def __init__(self, stream: object) -> None:
-        self.stream = stream
-
-    def __enter__(self) -> None:
-        self.before, StreamContext.current = StreamContext.current, self.stream
-
-    def __exit__(self, *_: object) -> None:
-        StreamContext.current = self.before
-
-
-class GraphContext(StreamContext):
-    """Stands in for `torch.cuda.graph`: ends the capture before it restores the stream, as PyTorch does."""
-
-    pools: list[object]
-
-    def __init__(self, graph, pool: object, stream: object, capture_error_mode: str) -> None:
-        super().__init__(stream)
-        self.graph = graph
-        GraphContext.pools.append(pool)
-
-    def __exit__(self, *error: object) -> None:
-        self.graph.capture_end(failed=error[0] is not None)
-        super().__exit__()
-
-
-class Graph:
-    """Stands in for `torch.cuda.CUDAGraph`."""
-
-    def capture_end(self, failed: bool) -> None:
-        if failed:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    def replay(self) -> None:
-        pass
-
-
-@pytest.fixture
-def mocked_cuda(monkeypatch) -> None:
-    GraphContext.pools, StreamContext.current = [], "default"
-    cuda = graphs.torch.cuda
-    monkeypatch.setattr(cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(cuda, "Stream", lambda device: "side stream")
-    monkeypatch.setattr(cuda, "current_stream", lambda device: StreamContext.current)
-    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(cuda, "graph", GraphContext)
-    monkeypatch.setattr(cuda, "stream", StreamContext)
-    monkeypatch.setattr(cuda, "device", lambda device: contextlib.nullcontext())
-
-
-def test_graphs_of_one_capture_share_a_memory_pool(mocked_cuda) -> None:
-    capture = CudaCapture(torch.device("cuda", 0))
-    streams = []
-    for _ in range(2):
-        CapturedFunction(lambda x: (streams.append(StreamContext.current), x + 1)[1], capture, [torch.zeros(2)])
-    assert streams == ["side stream"] * 2 and StreamContext.current == "default"
-    assert len(GraphContext.pools) == 2 and GraphContext.pools[0] is GraphContext.pools[1]
-
-
-def test_a_failed_capture_names_its_first_cause_and_restores_the_stream(mocked_cuda) -> None:
-    def fail() -> Tensor:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
-        CapturedFunction(fail, CudaCapture(torch.device("cuda", 0)), [])
-    assert StreamContext.current == "default"
+    monkeypatch.setattr(Transformer, "__init__", noting)
+    sampler(*batch_of(SMALL, 1))
+    assert alive == [False]
 
 
 def test_a_lazy_step_moves_only_the_new_rows() -> None:
@@ -366,3 +174,64 @@ def test_a_lazy_step_moves_only_the_new_rows() -> None:
     assert len(copied) == 2 and sum(copied) == new.nbytes
     assert not any("index" in func.__name__ for func, *_ in operations.calls)
     assert torch.equal(known[:, -(step.new.stop - step.new.start) :], new[:, 8:])
+
+
+# CUDA's own calls, mocked
+
+
+class FakeGraphs:
+    """Stands in for what `CudaCapture` takes from `torch.cuda`: notes the current stream, and the graphs' pools."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.current, self.pools = "default", []
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side stream")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock(spec=["replay"]))
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextlib.contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        """Like PyTorch's: if it fails, it ends with another error, and does not restore the stream."""
+        self.pools.append(pool)
+        before, self.current = self.current, stream
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        self.current = before
+
+
+def test_graphs_of_one_capture_share_a_memory_pool(monkeypatch) -> None:
+    cuda, streams = FakeGraphs(monkeypatch), []
+    capture = CudaCapture(torch.device("cuda", 0))
+
+    def add_one(x: Tensor) -> Tensor:
+        streams.append(cuda.current)
+        return x + 1
+
+    for _ in range(2):
+        CapturedFunction(add_one, capture, [torch.zeros(2)])
+    assert streams == ["side stream"] * 2 and cuda.current == "default"
+    assert len(cuda.pools) == 2 and cuda.pools[0] is cuda.pools[1]
+
+
+def test_a_failed_capture_names_its_first_cause_and_restores_the_stream(monkeypatch) -> None:
+    cuda = FakeGraphs(monkeypatch)
+
+    def fail() -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
+        CapturedFunction(fail, CudaCapture(torch.device("cuda", 0)), [])
+    assert cuda.current == "default"

@@ -1,17 +1,44 @@
-"""Small models with strong random weights, and what several tests of the sampler share."""
+"""Small models with strong random weights, short settings, and what several tests of the sampler share."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models import MAR, Method, Sampler, create_model, find_method
+from models import (
+    MAR,
+    METHODS,
+    AnnealedSteps,
+    CachePolicy,
+    DetailedTokens,
+    ImageNoise,
+    Method,
+    Sampler,
+    create_model,
+    find_method,
+)
 
 LABELS = torch.tensor([3, 0, 4])
 GUIDANCE = {"cfg": 2.5, "cfg_schedule": "linear", "temperature": 0.9}
 SETTINGS = {**GUIDANCE, "num_iter": 16, "num_sampling_steps": 21}
+# What fits a run of 7 to 9 steps, in place of what the methods have for 64 or 32.
+SHORT = {
+    "mar": {"num_iter": 9, "num_sampling_steps": 9},
+    "lazymar": {"cache": CachePolicy(start_step=2, refresh_interval=4)},
+    "disa": {"num_sampling_steps": AnnealedSteps(12, 3)},
+    "gtr": {
+        "num_stages": 3,
+        "num_iter": (3, 2, 2),
+        "num_sampling_steps": AnnealedSteps(12, 5, "generation"),
+        "detailed_tokens": DetailedTokens(0.2, 9),
+    },
+    "recap": {"cache": METHODS["recap"].cache, "lazy_sampling_steps": 6},
+    "lateguidance": {"unguided_below": 1.4},
+}
+SHORT["fast"] = SHORT["gtr"] | SHORT["lateguidance"] | SHORT["lazymar"]
 FIELDS = {
     "img_size": 32,
     "vae_stride": 4,
@@ -48,18 +75,31 @@ def random_model(**overrides) -> MAR:
     return model
 
 
-def make_sampler(
-    model: MAR,
-    method: Method | str = "mar",
-    *,
-    cfg: float = 3.25,
-    cfg_schedule: str = "linear",
-    temperature: float = 1.0,
-    **settings: Any,
-) -> Sampler:
-    """A sampler for a method whose settings may be replaced."""
+def short_settings(name: str, **changes: Any) -> dict[str, Any]:
+    """Settings for a short run of a method or a composition; `changes` may be of its cache policy too."""
+    settings = GUIDANCE | SHORT["mar"]
+    for part in name.split("+"):
+        settings |= SHORT[part]
+    if "cache" in settings:
+        policy = settings["cache"]
+        if "num_stages" in settings:  # its steps are then those of 64, not of 7
+            start = policy.start_step if policy.start_step < 1 else 9 * policy.start_step
+            policy = replace(policy, start_step=start, refresh_interval=9 * policy.refresh_interval)
+        of_policy = {field.name: changes.pop(field.name) for field in fields(policy) if field.name in changes}
+        settings["cache"] = replace(policy, **of_policy)
+    return settings | changes
+
+
+def make_sampler(model: MAR, method: Method | str = "mar", **settings: Any) -> Sampler:
+    """A sampler for a method whose settings may be replaced, by default with the guidance of `GUIDANCE`."""
+    cfg, cfg_schedule, temperature = (settings.pop(name, default) for name, default in GUIDANCE.items())
     method = (find_method(method) if isinstance(method, str) else method).replaced(**settings)
     return Sampler(model, method.plan(model, cfg=cfg, cfg_schedule=cfg_schedule), temperature=temperature)
+
+
+def batch_of(model: MAR, size: int, seed: int = 5, num_sampling_steps: int = 21) -> tuple[Tensor, ImageNoise]:
+    """The labels and the noise of a batch that differs from seed to seed."""
+    return LABELS.roll(seed)[:size], ImageNoise(model, seed, range(size), num_sampling_steps)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
