@@ -6,13 +6,14 @@ of settings: orders, attention, caches, schedules and denoising are written out 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import MAR, AnnealedSteps, CachePolicy, DetailedTokens
+from models import MAR, AnnealedSteps, CachePolicy, DetailedTokens, SolverSteps
 
 Steps = list[list[int]]  # of each step, the token positions it predicts, ascending
 
@@ -51,6 +52,16 @@ def by_stages(order: list[int], num_iter: tuple[int, ...]) -> Steps:
     return steps
 
 
+def exp_counts(seq_len: int, num_iter: int) -> list[int]:
+    """eMIGM's tokens of each step, as many as are expected, at least one."""
+    counts = []
+    for step in range(num_iter):
+        time = 1 - (1 - 1e-5) * (step + 1) / num_iter
+        left = round(seq_len * (1 - math.exp(-5 * time)) / (1 - math.exp(-5))) if step < num_iter - 1 else 0
+        counts.append(max(1, seq_len - sum(counts) - left))
+    return counts
+
+
 def guidance(cfg: float, cfg_schedule: str, masked_after: int, seq_len: int, unguided_below: float) -> float:
     """The CFG scale of a step; 1 where it would be below `unguided_below`."""
     if cfg_schedule == "linear":
@@ -78,19 +89,20 @@ def annealed(steps: int | AnnealedSteps, step: int, num_iter: int, num_generatin
     return steps.lower + int((last - step) / last * fall)
 
 
-def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> bool:
-    """Whether everything is computed; with several stages the policy's steps are those of 64, and rounded up.
+def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...], of_64: bool = False) -> bool:
+    """Whether everything is computed; with several stages, or `of_64`, the policy's steps are of 64, and rounded up.
 
     A start step below 1 is a fraction of all steps. Alternation stays alternation, however few the steps are.
     """
     if policy.refresh_steps is not None:
         return step == 0 or step in policy.refresh_steps
     start, interval = policy.start_step, policy.refresh_interval
+    of_64 = of_64 or len(stage_steps) > 1
     if 0 < start < 1:
         start = next(count for count in range(sum(stage_steps) + 1) if count / sum(stage_steps) >= start)
-    elif len(stage_steps) > 1:
+    elif of_64:
         start = -(-start * sum(stage_steps) // 64)
-    if len(stage_steps) > 1 and interval > 1:
+    if of_64 and interval > 1:
         interval = max(2, -(-interval * sum(stage_steps) // 64))
     stage_starts = [sum(stage_steps[:stage]) for stage in range(len(stage_steps))]
     if step in stage_starts or step < start or interval == 1:
@@ -133,7 +145,7 @@ class Half:
         self.model, self.class_embedding = model, class_embedding
         self.num_rows = model.buffer_size + model.seq_len
         rows, encoder_dim = self.num_rows, model.fake_latent.shape[1]
-        decoder_dim = model.mask_token.shape[2]
+        decoder_dim = model.mask_token.shape[-1]
         self.encoder_keys = [torch.full((rows, encoder_dim), torch.nan).double() for _ in model.encoder_blocks]
         self.encoder_values = [torch.full((rows, encoder_dim), torch.nan).double() for _ in model.encoder_blocks]
         self.decoder_input = torch.full((rows, decoder_dim), torch.nan).double()
@@ -230,10 +242,86 @@ class Schedule:
         return mean + torch.exp(log_variance / 2) * noise
 
 
-def sinusoids(timestep: int) -> torch.Tensor:
-    """128 cosines and 128 sines of float32 angles, each rounded to float32 from a result of higher precision."""
+class Times:
+    """The noise schedule between timesteps of training, for a solver; `lowest` log-SNRs are cut off and stretched."""
+
+    def __init__(self, lowest: float) -> None:
+        alpha_bars = Schedule(1000).alpha_bars
+        self.log_alphas = [math.log(a) / 2 for a in alpha_bars if math.log(a / (1 - a)) / 2 >= lowest]
+        self.stride = 1000 / len(self.log_alphas)
+
+    def log_alpha(self, timestep: float) -> float:
+        i = min(int(timestep / self.stride), len(self.log_alphas) - 2)
+        fraction = timestep / self.stride - i
+        return (1 - fraction) * self.log_alphas[i] + fraction * self.log_alphas[i + 1]
+
+    def log_snr(self, timestep: float) -> float:
+        alpha_bar = math.exp(2 * self.log_alpha(timestep))
+        return math.log(alpha_bar / (1 - alpha_bar)) / 2
+
+    def between(self, first: float, last: float, fraction: float) -> float:
+        """The timestep at a fraction of the way between two, in log-SNR; by bisection."""
+        wanted = (1 - fraction) * self.log_snr(first) + fraction * self.log_snr(last)
+        low, high = last, first
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.log_snr(middle) > wanted else (low, middle)
+        return (low + high) / 2
+
+
+def solve(predict, x: torch.Tensor, steps: SolverSteps) -> torch.Tensor:
+    """DPM-Solver++ from noise x [n, C]; `predict(x, timestep)` is the guided eps."""
+    times = Times(-math.inf if steps.rule == "multistep" else -5.1)
+
+    def scales(timestep: float) -> tuple[float, float]:
+        alpha = math.exp(times.log_alpha(timestep))
+        return alpha, math.sqrt(1 - alpha**2)
+
+    def data(x: torch.Tensor, timestep: float) -> torch.Tensor:
+        alpha, sigma = scales(timestep)
+        return (x - sigma * predict(x, timestep)) / alpha
+
+    def move(x: torch.Tensor, s: float, t: float, d0: torch.Tensor, d1=0.0, curve=None) -> torch.Tensor:
+        """From s to t, along d0 and its slope d1 in log-SNR, which is integrated exactly or as `curve` says."""
+        h = times.log_snr(t) - times.log_snr(s)
+        first = 1 - math.exp(-h)
+        second = h - first if curve is None else curve * h * first
+        return scales(t)[1] / scales(s)[1] * x + scales(t)[0] * (first * d0 + second * d1)
+
+    if steps.rule == "multistep":
+        grid = [times.between(950, 0, i / steps.evaluations) for i in range(steps.evaluations + 1)]
+        before = None
+        for i, (s, t) in enumerate(itertools.pairwise(grid)):
+            now = data(x, s)
+            slope = 0.0 if i == 0 else (now - before) / (times.log_snr(s) - times.log_snr(grid[i - 1]))
+            x, before = move(x, s, t, now, slope, curve=0.5), now
+        return x
+    orders, left = [], steps.evaluations
+    while left:
+        orders.append(3 if left > 3 else {3: 2, 2: 2, 1: 1}[left])
+        left -= orders[-1]
+    start = (len(times.log_alphas) - 1) * times.stride
+    grid = [times.between(start, 0, i / len(orders)) for i in range(len(orders) + 1)]
+    for order, s, t in zip(orders, grid, grid[1:]):
+        d0, inner = data(x, s), [times.between(s, t, i / order) for i in range(1, order)]
+        slope, curve = 0.0, 0.5 if order == 2 else None
+        for i, middle in enumerate(inner):
+            d = data(move(x, s, middle, d0, slope if i else 0.0), middle)
+            slope = (d - d0) / (times.log_snr(middle) - times.log_snr(s))
+        x = move(x, s, t, d0, slope, curve)
+    return x
+
+
+def sinusoids(timestep: float) -> torch.Tensor:
+    """128 cosines and 128 sines of float32 angles, each rounded to float32 from a result of higher precision.
+
+    Those of a timestep that is no whole number are not rounded, and neither are their angles.
+    """
     exponents = np.float32(-math.log(10000)) * np.arange(128, dtype=np.float32) / np.float32(128)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    if isinstance(timestep, float):
+        angles = timestep * frequencies.astype(np.float64)
+        return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)]))
     angles = (np.float32(timestep) * frequencies).astype(np.float64)
     return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)).double()
 
@@ -285,9 +373,19 @@ def detailed_ones(conditions: torch.Tensor, share: float) -> list[int]:
 
 
 def denoise(
-    net, z_cond, z_uncond, noise, schedule: Schedule, cfg: float, temperature: float, policy: CachePolicy | None
+    net, z_cond, z_uncond, noise, schedule, cfg: float, temperature: float, policy: CachePolicy | None
 ) -> torch.Tensor:
     """Tokens [n, C] sampled for conditions [n, D]; `z_uncond` is None without guidance, `noise` is [S + 1, n, C]."""
+    if isinstance(schedule, SolverSteps):
+
+        def predict(x: torch.Tensor, timestep: float) -> torch.Tensor:
+            eps = HeadHalf(net, z_cond)(x, timestep, True, False, ())[0]
+            if z_uncond is None:
+                return eps
+            unguided = HeadHalf(net, z_uncond)(x, timestep, True, False, ())[0]
+            return unguided + cfg * (eps - unguided)
+
+        return solve(predict, temperature * noise[0], schedule)
     num_steps = len(schedule.timesteps)
     cond = HeadHalf(net, z_cond)
     uncond = None if z_uncond is None else HeadHalf(net, z_uncond)
@@ -345,7 +443,7 @@ def sample_tokens(
     cfg: float | list[float],
     cfg_schedule: str,
     temperature: float,
-    num_sampling_steps: int | AnnealedSteps,
+    num_sampling_steps: int | AnnealedSteps | SolverSteps,
     noise,
     cache: CachePolicy | None = None,
     num_stages: int = 1,
@@ -353,6 +451,8 @@ def sample_tokens(
     unguided_below: float = 1.0,
     lazy_sampling_steps: int | None = None,
     tokens_per_step: list[int] | None = None,
+    token_schedule: str = "cosine",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> torch.Tensor:
     """What `models.sample_tokens` computes, for a float64 model on the CPU.
 
@@ -368,7 +468,8 @@ def sample_tokens(
     stage_starts = [sum(stage_steps[:stage]) for stage in range(num_stages)]
     steps: list[Steps] = []
     for order in noise.orders.tolist():
-        in_one_stage = in_random_order(order, stage_steps[0], tokens_per_step)
+        counts = exp_counts(seq_len, stage_steps[0]) if token_schedule == "exp" else tokens_per_step
+        in_one_stage = in_random_order(order, stage_steps[0], counts)
         steps.append(in_one_stage if num_stages == 1 else by_stages(order, stage_steps))
     num_iter = len(steps[0])
     ranking = [rankings(of_image, num_iter, num_rows, seq_len) for of_image in steps]
@@ -377,7 +478,7 @@ def sample_tokens(
     first_timestep = 950 if annealing else 999
     tokens = torch.zeros(batch, seq_len, model.token_dim).double()
     for step in range(num_iter):
-        refresh = cache is None or is_refresh(cache, step, stage_steps)
+        refresh = cache is None or is_refresh(cache, step, stage_steps, token_schedule == "exp")
         policy = None if refresh or not cache.token_cache else cache
         z_cond, z_uncond = [], []
         for image in range(batch):
@@ -405,7 +506,14 @@ def sample_tokens(
         scale = cfg[step] if isinstance(cfg, list) else cfg
         if not isinstance(cfg, list):
             scale = guidance(cfg, cfg_schedule, masked_after, seq_len, unguided_below)
-        count = annealed(num_sampling_steps, step, num_iter, stage_starts[-1])
+        time_after = 1 - (1 - 1e-5) * (step + 1) / num_iter
+        if not guidance_interval[0] < time_after <= guidance_interval[1]:
+            scale = 1.0
+        count = num_sampling_steps
+        if isinstance(count, SolverSteps):
+            count, detailed_tokens = count.evaluations, None
+        else:
+            count = annealed(num_sampling_steps, step, num_iter, stage_starts[-1])
         if not refresh and lazy_sampling_steps is not None:
             count = min(count, lazy_sampling_steps)
         drawn = noise.draw(step, num_predicted).double()
@@ -422,7 +530,9 @@ def sample_tokens(
                         z_cond[image][part],
                         z_uncond[image][part] if scale > 1 else None,
                         drawn[:, image, part],
-                        Schedule(num_steps, first_timestep),
+                        SolverSteps(num_steps, num_sampling_steps.rule)
+                        if isinstance(num_sampling_steps, SolverSteps)
+                        else Schedule(num_steps, first_timestep),
                         scale,
                         temperature,
                         cache,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from models import PRESETS, CachePolicy, find_method
+from models import CachePolicy, find_method
+from models.presets import MAR_MODELS
 from util.errors import InputError
 from util.options import Options, parse_options
 
@@ -64,7 +65,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.table = {(model, name): self.options(model, name) for model in PRESETS for name in TABLE_METHODS}
+        self.table = {(model, name): self.options(model, name) for model in MAR_MODELS for name in TABLE_METHODS}
         self.methods = {name: self.options(SMALL_MODEL, name) for name in args.method}
         available = self.table[SMALL_MODEL, "mar"].num_images
         self.num_compared = args.ablation_images or min(ABLATION_IMAGES, available)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.diffloss import NUM_FREQUENCIES
 from models.lazymar.plan import DenoisingStep, HeadPlan, Plan, Step
 from models.mar import MAR, Block
 from models.vae import AutoencoderKL
@@ -43,9 +44,8 @@ def flops_per_step(model: MAR, plan: Plan) -> list[Flops]:
     steps = [Flops(encoder(model, step), decoder(model, plan, step), head(model, step)) for step in plan]
     width, head_width = model.mask_token.shape[-1], model.diffloss.net.input_proj.out_features
     timesteps = sum(len(head_plan.steps) for head_plan in plan.heads)
-    sinusoids = model.diffloss.net.time_embed.mlp[0].in_features
     once_in_decoder = 2 * model.seq_len * width * 3 * width
-    once_in_head = 2 * timesteps * head_width * (sinusoids + head_width)
+    once_in_head = 2 * timesteps * head_width * (2 * NUM_FREQUENCIES + head_width)
     first = steps[0]
     return [Flops(first.encoder, first.decoder + once_in_decoder, first.head + once_in_head), *steps[1:]]
 
