@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from models.vae import AutoencoderKL, deep_compression_autoencoder
+from models.vae import AutoencoderKL, check_diffusers, deep_compression_autoencoder
 
 ROOT = Path(__file__).resolve().parents[1] / "pretrained_models"
 
@@ -43,6 +43,11 @@ class Preset:
     latent_scale: float = 0.2325
     statistics_path: Path = ROOT / "fid_stats" / "adm_in256_stats.npz"
     features: str = "inception"
+
+    def check_packages(self) -> None:
+        """Raise ValueError, naming model, if a package that the VAE needs is not installed."""
+        if self.vae_class is deep_compression_autoencoder:
+            check_diffusers()
 
     @property
     def class_num(self) -> int:

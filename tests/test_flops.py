@@ -15,6 +15,7 @@ from models import (
     CachePolicy,
     DetailedTokens,
     ImageNoise,
+    SolverSteps,
     count_flops,
     create_model,
     sample_tokens,
@@ -42,6 +43,7 @@ RUNS = {
     "no token cache": (3.0, {"cache": replace(LAZY, token_cache=False)}),
     "other caches off": (3.0, {"cache": replace(LAZY, prune_layer=0, condition_cache=False, head_cache=False)}),
     "annealed": (3.0, {"num_sampling_steps": AnnealedSteps(12, 3)}),
+    "solver": (3.0, {"cache": LAZY, "num_sampling_steps": SolverSteps(5), "guidance_interval": (0.2, 0.6)}),
     "by stages": (3.0, STAGES),
     "lazy by stages with late guidance": (3.0, {**STAGES, "cache": LAZY, "unguided_below": 1.6}),
     "shorter chains at lazy steps": (

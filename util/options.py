@@ -14,25 +14,13 @@ from typing import Any
 import torch
 
 import models
-from models import (
-    MAR,
-    METHODS,
-    PRESETS,
-    AnnealedSteps,
-    CachePolicy,
-    DetailedTokens,
-    Method,
-    Plan,
-    Preset,
-    SolverSteps,
-    find_method,
-)
+from diffusion.solver import SolverSteps
+from models import MAR, METHODS, PRESETS, AnnealedSteps, CachePolicy, DetailedTokens, Method, Plan, Preset, find_method
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.sampler import SAMPLER_VERSION
 from models.lazymar.schedule import CFG_SCHEDULES
 from models.lazymar.selection import RULES
 from models.methods import TOKEN_SCHEDULES
-from models.vae import check_diffusers, deep_compression_autoencoder
 from util.cli import Parser, number, numbers
 from util.errors import InputError
 from util.folder import labels_of
@@ -115,11 +103,6 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
     """
     args = _parser(description).parse_args(argv)
     preset, seeds = PRESETS[args.model], args.seed
-    if preset.vae_class is deep_compression_autoencoder:
-        try:
-            check_diffusers()
-        except ValueError as error:
-            raise InputError(f"--{error}") from None
     class_num, scales = args.class_num or preset.class_num, (preset.cfg,) if args.cfg is None else args.cfg
     if args.class_labels is not None and not all(label < class_num for label in args.class_labels or [class_num]):
         raise InputError(f"--class_labels must be classes of {args.model}, from 0 to {class_num - 1}")
@@ -179,8 +162,9 @@ def _folder_name(options: Options, scales: Sequence[float], seeds: Sequence[int]
 
 
 def _check_method(options: Options) -> None:
-    """Raise InputError, naming the flag, for a method that does not fit the model."""
+    """Raise InputError, naming the flag, for a method that does not fit the model, and for a missing package."""
     try:
+        options.preset.check_packages()
         policy = options.plan.policy
     except ValueError as error:
         raise InputError(f"--{error}") from None
