@@ -106,6 +106,8 @@ class MAR(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of vae_stride * patch_size")
         if min(encoder_depth, decoder_depth, diffloss_d, buffer_size, class_num) < 1:
             raise ValueError("encoder_depth, decoder_depth, diffloss_d, buffer_size and class_num must be at least 1")
+        if one_fake_token and encoder_embed_dim != decoder_embed_dim:
+            raise ValueError("one_fake_token needs an encoder and a decoder of the same width")
         self.img_size, self.patch_size, self.vae_embed_dim = img_size, patch_size, vae_embed_dim
         self.grid_size = img_size // vae_stride // patch_size
         self.seq_len = self.grid_size**2

@@ -243,72 +243,69 @@ class Schedule:
 
 
 class Times:
-    """The noise schedule between timesteps of training, for a solver; `lowest` log-SNRs are cut off and stretched."""
+    """The noise schedule between timesteps of training, for a solver; lower ones are cut off, the rest stretched."""
 
     def __init__(self, lowest: float) -> None:
         alpha_bars = Schedule(1000).alpha_bars
         self.log_alphas = [math.log(a) / 2 for a in alpha_bars if math.log(a / (1 - a)) / 2 >= lowest]
         self.stride = 1000 / len(self.log_alphas)
+        self.last = 1000 - self.stride
 
-    def log_alpha(self, timestep: float) -> float:
+    def alpha_sigma_lambda(self, timestep: float) -> tuple[float, float, float]:
         i = min(int(timestep / self.stride), len(self.log_alphas) - 2)
         fraction = timestep / self.stride - i
-        return (1 - fraction) * self.log_alphas[i] + fraction * self.log_alphas[i + 1]
+        alpha = math.exp((1 - fraction) * self.log_alphas[i] + fraction * self.log_alphas[i + 1])
+        return alpha, math.sqrt(1 - alpha**2), math.log(alpha**2 / (1 - alpha**2)) / 2
 
-    def log_snr(self, timestep: float) -> float:
-        alpha_bar = math.exp(2 * self.log_alpha(timestep))
-        return math.log(alpha_bar / (1 - alpha_bar)) / 2
-
-    def between(self, first: float, last: float, fraction: float) -> float:
-        """The timestep at a fraction of the way between two, in log-SNR; by bisection."""
-        wanted = (1 - fraction) * self.log_snr(first) + fraction * self.log_snr(last)
-        low, high = last, first
-        for _ in range(80):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.log_snr(middle) > wanted else (low, middle)
-        return (low + high) / 2
+    def grid(self, first: float, last: float, count: int) -> list[float]:
+        """`count` timesteps from `first` on, and `last`, uniform in lambda; by bisection."""
+        (_, _, start), (_, _, stop) = self.alpha_sigma_lambda(first), self.alpha_sigma_lambda(last)
+        found = []
+        for step in range(1, count):
+            low, high = last, first
+            for _ in range(80):
+                middle = (low + high) / 2
+                is_later = self.alpha_sigma_lambda(middle)[2] > start + (stop - start) * step / count
+                low, high = (middle, high) if is_later else (low, middle)
+            found.append(low)
+        return [float(first), *found, float(last)]
 
 
 def solve(predict, x: torch.Tensor, steps: SolverSteps) -> torch.Tensor:
     """DPM-Solver++ from noise x [n, C]; `predict(x, timestep)` is the guided eps."""
     times = Times(-math.inf if steps.rule == "multistep" else -5.1)
 
-    def scales(timestep: float) -> tuple[float, float]:
-        alpha = math.exp(times.log_alpha(timestep))
-        return alpha, math.sqrt(1 - alpha**2)
-
     def data(x: torch.Tensor, timestep: float) -> torch.Tensor:
-        alpha, sigma = scales(timestep)
+        alpha, sigma, _ = times.alpha_sigma_lambda(timestep)
         return (x - sigma * predict(x, timestep)) / alpha
 
-    def move(x: torch.Tensor, s: float, t: float, d0: torch.Tensor, d1=0.0, curve=None) -> torch.Tensor:
-        """From s to t, along d0 and its slope d1 in log-SNR, which is integrated exactly or as `curve` says."""
-        h = times.log_snr(t) - times.log_snr(s)
-        first = 1 - math.exp(-h)
-        second = h - first if curve is None else curve * h * first
-        return scales(t)[1] / scales(s)[1] * x + scales(t)[0] * (first * d0 + second * d1)
+    def move(x: torch.Tensor, s: float, t: float, start: torch.Tensor, other=None, at=None, exact=False):
+        """From s to t, given the data predicted at s and at another timestep; linear in lambda between."""
+        (_, sigma_s, lambda_s), (alpha, sigma, lambda_t) = times.alpha_sigma_lambda(s), times.alpha_sigma_lambda(t)
+        h = lambda_t - lambda_s
+        x = sigma / sigma_s * x + alpha * (1 - math.exp(-h)) * start
+        if other is None:
+            return x
+        slope = (other - start) / (times.alpha_sigma_lambda(at)[2] - lambda_s)
+        return x + alpha * slope * (h - (1 - math.exp(-h)) if exact else h / 2 * (1 - math.exp(-h)))
 
     if steps.rule == "multistep":
-        grid = [times.between(950, 0, i / steps.evaluations) for i in range(steps.evaluations + 1)]
-        before = None
-        for i, (s, t) in enumerate(itertools.pairwise(grid)):
+        before = s_before = None
+        for s, t in itertools.pairwise(times.grid(950, 0, steps.evaluations)):
             now = data(x, s)
-            slope = 0.0 if i == 0 else (now - before) / (times.log_snr(s) - times.log_snr(grid[i - 1]))
-            x, before = move(x, s, t, now, slope, curve=0.5), now
+            x, before, s_before = move(x, s, t, now, before, s_before), now, s
         return x
     orders, left = [], steps.evaluations
     while left:
-        orders.append(3 if left > 3 else {3: 2, 2: 2, 1: 1}[left])
+        orders.append(3 if left > 3 else min(left, 2))
         left -= orders[-1]
-    start = (len(times.log_alphas) - 1) * times.stride
-    grid = [times.between(start, 0, i / len(orders)) for i in range(len(orders) + 1)]
-    for order, s, t in zip(orders, grid, grid[1:]):
-        d0, inner = data(x, s), [times.between(s, t, i / order) for i in range(1, order)]
-        slope, curve = 0.0, 0.5 if order == 2 else None
-        for i, middle in enumerate(inner):
-            d = data(move(x, s, middle, d0, slope if i else 0.0), middle)
-            slope = (d - d0) / (times.log_snr(middle) - times.log_snr(s))
-        x = move(x, s, t, d0, slope, curve)
+    outer = times.grid(times.last, 0, len(orders))
+    for order, s, t in zip(orders, outer, outer[1:]):
+        start, later, other, at = data(x, s), times.grid(s, t, order)[1:-1], None, None
+        for middle in later:
+            other = data(move(x, s, middle, start, other, at, exact=True), middle)
+            at = middle
+        x = move(x, s, t, start, other, at, exact=order == 3)
     return x
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_graphs import OperationCapture, batch, capturing_sampler
 from test_methods import assert_equal_to_naive, short_settings
 from test_reference import RecordedNoise, latent_errors, relative_errors
-from tools import GUIDANCE, LABELS, MODEL, SMALL, random_model, relative_error
+from tools import GUIDANCE, MODEL, SMALL, random_model
 from torch import Tensor
 
 import diffusion.solver
@@ -27,7 +27,6 @@ from models import (
     METHODS,
     PRESETS,
     CachePolicy,
-    ImageNoise,
     Method,
     Sampler,
     SolverSteps,
@@ -144,17 +143,6 @@ def test_emigm_with_lazymar(changes: dict, caches: dict) -> None:
 def test_tokens_per_step_and_an_interval_compose() -> None:
     settings = {"tokens_per_step": (1, 2, 5, 4, 4), "guidance_interval": (0.1, 0.7)}
     assert_equal_to_naive("lazymar", model=SMALL, batch=3, **settings)
-
-
-def test_temperature_scales_the_initial_noise_alone() -> None:
-    class Scaled(ImageNoise):
-        def draw(self, step: int, num_tokens: int) -> Tensor:
-            return 0.5 * super().draw(step, num_tokens)
-
-    settings = {"num_iter": 4, "num_sampling_steps": SolverSteps(6)}
-    scaled = sample_tokens(SMALL, LABELS, noise=Scaled(SMALL, 3, range(3), 0), **settings)
-    colder = sample_tokens(SMALL, LABELS, noise=ImageNoise(SMALL, 3, range(3), 0), temperature=0.5, **settings)
-    assert relative_error(scaled, colder) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["lazymar", "lazymar+gtr+lateguidance"])
