@@ -1,7 +1,7 @@
 """Time sampling by method, model, batch size, steps and dtype; no weights are needed.
 
     python benchmark.py --models mar_base --batch_sizes 1 8 --dtypes float32 bfloat16
-    python benchmark.py --models mar_huge --batch_sizes 1 128 --dtypes bfloat16 --device cuda --plot speed.png
+    python benchmark.py --models mar_huge --batch_sizes 1 128 --dtypes bfloat16 --device cuda
     python benchmark.py --models mar_huge --method mar lazymar lazymar+disa
 
 Speed does not depend on the weights, so they are random. The methods take turns, and each figure is the median of
@@ -15,20 +15,19 @@ import json
 import sys
 from argparse import BooleanOptionalAction
 from functools import partial
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch.profiler import profile
 from tqdm import tqdm
 
 from models import MAR, PRESETS, AutoencoderKL, Sampler
 from models.lazymar.flops import Flops
 from util.cli import Parser, number
-from util.errors import InputError, exits_cleanly
+from util.errors import exits_cleanly
 from util.files import atomic_write, check_writable
 from util.images import decode
 from util.machine import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
@@ -68,10 +67,6 @@ def main(argv: list[str] | None = None) -> None:
                     content = {"title": title, "environment": environment, "results": results}
                     with atomic_write(args.output) as partial_file:
                         partial_file.write_text(json.dumps(content, indent=2) + "\n")
-    if args.plot:
-        figure = plot(results, title)
-        with atomic_write(args.plot) as partial_file:
-            figure.savefig(partial_file, format=args.plot.suffix[1:], dpi=150)
 
 
 @torch.inference_mode()
@@ -116,30 +111,6 @@ def measure(
     return rows
 
 
-def plot(results: list[Row], title: str) -> Figure:
-    """Plot how the seconds per image grow with each setting of which several were measured, a panel for each.
-
-    A line joins rows that differ in the panel's setting alone.
-    """
-    several = [name for name in ("batch_size", "num_iter", "model", "dtype") if len({row[name] for row in results}) > 1]
-    varied = [name for name in several if name != "dtype"] or ["model"]
-    figure = Figure(figsize=(4.5 * len(varied), 3.6), layout="constrained")
-    figure.suptitle(f"Sampling on {title}", fontsize=9)
-    for panel, axis in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied):
-        lines: dict[str, list[Row]] = {}
-        for row in sorted(results, key=lambda row: row["tflops"]["total"] * row["batch_size"]):
-            others = [f"{name} {row[name]}" for name in several if name != axis]
-            lines.setdefault(", ".join([*others, row["method"]]), []).append(row)
-        for (label, rows), style in zip(lines.items(), cycle(("s--", "o-", "^-.", "D:", "v--", "P-", "X-.", "*:"))):
-            panel.plot([str(row[axis]) for row in rows], [row["seconds"] for row in rows], style, label=label)
-        panel.set(xlabel=axis, ylabel="seconds per image", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
-        panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=6)
-    return figure
-
-
 def options_of(args: argparse.Namespace, model: str, num_iter: int) -> dict[str, Options]:
     """Return the options of each method. Raises InputError, naming the flag, for a value that does not fit."""
     flags = {name: method_flags(name, num_iter, args.num_sampling_steps) for name in args.method}
@@ -162,12 +133,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=number(int, 1), default=3, metavar="N", help="runs of each method; the median counts")
     add("--profile", action="store_true", help="also print which operators take longest in the last method")
     add("--output", type=Path, metavar="FILE", help="write all measurements there (JSON)")
-    add("--plot", type=Path, metavar="FILE", help="plot the measurements there (.png, .svg or .pdf)")
     args = parser.parse_args(argv)
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot must end in .png, .svg or .pdf, not be {args.plot}")
-    for path in filter(None, (args.output, args.plot)):
-        check_writable(path)
+    if args.output:
+        check_writable(args.output)
     return args
 # fmt: on
 

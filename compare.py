@@ -13,11 +13,9 @@ from typing import Any
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
 from util.files import atomic_write, check_writable
-from util.folder import RunFolder, open_finished
-from util.images import encode_png, image_grid
+from util.folder import open_finished, side_by_side
 from util.metrics import read_scores
 
-PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40
 COSTS = {  # label: key in metrics.json, factor, digits
     "sampling, s per image": ("sampling_seconds", 1, 3),
     "with decoding, s per image": ("seconds_per_image", 1, 3),
@@ -50,20 +48,6 @@ def table(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     if any("*" in line for line in lines):
         lines.append("* measured with a small classifier of the model's own data, not with Inception")
     return "\n".join(lines)
-
-
-def side_by_side(*runs: RunFolder) -> bytes:
-    """Draw a PNG of images of the same seeds: rows of the first run, and below each the row of the second."""
-    indices = [index for index in range(len(runs[0].labels)) if all(run.image_path(index).exists() for run in runs)]
-    if not indices:
-        raise InputError(f"{runs[0].path} and {runs[1].path} share no images: run both with --save_images")
-    images = [
-        run.read_image(index)
-        for start in range(0, min(len(indices), PAIRS_SHOWN), PAIRS_PER_ROW)
-        for run in runs
-        for index in indices[start : start + PAIRS_PER_ROW]
-    ]
-    return encode_png(image_grid(images, columns=min(PAIRS_PER_ROW, len(indices))))
 
 
 @exits_cleanly

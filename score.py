@@ -44,35 +44,27 @@ def make_statistics(args: argparse.Namespace, images: ImageSet) -> None:
     print(f"{args.output}: mean and covariance of the features of {images}{kept}")
 
 
-def evaluate(args: argparse.Namespace, own: ImageSet | None) -> None:
-    """Score images, or a statistics file if there are none, against a reference."""
-    names, dim = metrics.metrics_from_flags(args), FEATURES_DIMS[args.features]
-    real = open_images(args.reference)
-    statistics: Any = None if own else Statistics.load(args.images, dim, names)
-    reference: Any = None if real else Statistics.load(args.reference, dim, names)
-    if own:
-        metrics.check_enough(names, len(own), f"{args.images} holds", standard_errors=args.standard_errors)
+def evaluate(args: argparse.Namespace, own: ImageSet) -> None:
+    """Score images against a reference: a statistics file, or images too."""
+    names, real = metrics.metrics_from_flags(args), open_images(args.reference)
+    reference: Any = None if real else Statistics.load(args.reference, FEATURES_DIMS[args.features], names)
+    metrics.check_enough(names, len(own), f"{args.images} holds", standard_errors=args.standard_errors)
     if real:
         metrics.check_enough(("fid", *names), len(real), f"{args.reference} holds")
-    if own is None and args.standard_errors:
-        raise InputError(f"--standard_errors needs images, and {args.images} is a statistics file: name the images")
-    if own and real and own.size != real.size:
-        sizes = "{} x {} and {} x {}".format(*own.size, *real.size)
-        raise InputError(f"{args.images} and {args.reference} hold images of {sizes} pixels: make them one size")
+        if own.size != real.size:
+            sizes = "{} x {} and {} x {}".format(*own.size, *real.size)
+            raise InputError(f"{args.images} and {args.reference} hold images of {sizes} pixels: make them one size")
 
     with_dinov2 = metrics.need_dinov2(names)
     extractor = load_extractor(args.features, args.inception_weights, args.device, with_dinov2=with_dinov2)
     if real:
         reference = statistics_of(real, extractor, args.batch_size, keep=len(real))
-    options: dict[str, Any] = {"metrics": names, "extractor": args.features, "progress": True}
-    if own:
-        outputs = extract(extractor, own, args.batch_size)
-        scores = metrics.score(outputs, reference, standard_errors=args.standard_errors, **options)
-    else:
-        scores = metrics.score_statistics(statistics, reference, **options)
-    print(f"images: {own or args.images}\nreference: {real or args.reference}\n{metrics.score_table(scores)}")
+    outputs = extract(extractor, own, args.batch_size)
+    options: dict[str, Any] = {"extractor": args.features, "standard_errors": args.standard_errors, "progress": True}
+    scores = metrics.score(outputs, reference, names, **options)
+    print(f"images: {own}\nreference: {real or args.reference}\n{metrics.score_table(scores)}")
     if args.json:
-        scores["num_images"] = len(own) if own else None
+        scores["num_images"] = len(own)
         scores.update(folder=str(args.images), statistics=str(args.reference), features=args.features)
         scores["versions"] = {"torch": str(torch.__version__), "torch_fidelity": import_torch_fidelity().__version__}
         with atomic_write(args.json) as partial:
@@ -115,7 +107,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, description in (
         ("statistics", make_statistics, "make a reference file of mean and covariance from images"),
-        ("evaluate", evaluate, "score images, or a statistics file of them, against a reference"),
+        ("evaluate", evaluate, "score images against a reference"),
         ("export", export, "write images as ADM's evaluator takes them, an .npz file in random order"),
     ):
         command = commands.add_parser(name, help=description, description=description)
@@ -161,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         except (RuntimeError, AssertionError):
             raise InputError(f"--device {args.device} is not there: use cpu, or cuda on a machine with a GPU") from None
     images = open_images(args.images)
-    if images is None and args.command != "evaluate":
+    if images is None:
         raise InputError(
             f"{args.images} holds no images: name a folder, or an .npz file with arr_0 [N, H, W, 3], uint8"
         )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from PIL import Image
 
 import benchmark
 
 
 def test_a_run_prints_all_methods_and_writes_what_it_measured(tmp_path, capsys):
-    output, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    output = tmp_path / "speed.json"
     arguments = ["--models", "mar_tiny", "--num_iter", "2", "4", "--num_sampling_steps", "4", "--repeats", "2"]
-    arguments += ["--no-cuda_graphs", "--profile", "--output", str(output), "--plot", str(plot)]
+    arguments += ["--no-cuda_graphs", "--profile", "--output", str(output)]
     assert benchmark.main([*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert " mar " in printed and " lazymar " in printed and "linear" in printed and "TFLOP/s" in printed
@@ -28,7 +27,6 @@ def test_a_run_prints_all_methods_and_writes_what_it_measured(tmp_path, capsys):
         )
         assert row["peak_gb"] > 0.1 and row["vae_seconds"] > 0
     assert results[3]["tflops"]["total"] < results[2]["tflops"]["total"]
-    assert Image.open(plot).width > 300
 
 
 @pytest.mark.parametrize(
@@ -37,7 +35,6 @@ def test_a_run_prints_all_methods_and_writes_what_it_measured(tmp_path, capsys):
         (["--batch_sizes", "0"], "--batch_sizes"),
         (["--num_iter", "300", "--models", "mar_tiny"], "--num_iter"),
         (["--method", "mar+lazymar"], "--method"),
-        (["--plot", "speed.txt"], "--plot"),
         (["--output", "tests"], "tests"),
     ],
 )

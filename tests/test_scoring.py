@@ -139,17 +139,6 @@ def test_mean_and_covariance_in_adms_reference_file_are_taken_as_they_are(arrays
     assert "holds mu and sigma, which are taken as they are" in capsys.readouterr().out
 
 
-def test_a_statistics_file_can_be_what_is_scored(folders, tmp_path, capsys):
-    files = [tmp_path / f"{folder.name}.npz" for folder in folders]
-    for folder, file in zip(folders, files):
-        assert run_score("statistics", folder, "--output", file, "--keep_features", 24, *FASHION) == 0
-    of_files = evaluate(*files, tmp_path / "a.json", "--precision_recall", *FASHION)
-    of_folder = evaluate(folders[0], files[1], tmp_path / "b.json", "--precision_recall", *FASHION)
-    for name in ("fid_fashion_classifier", "precision_fashion_classifier", "recall_fashion_classifier"):
-        assert math.isclose(of_files[name], of_folder[name], rel_tol=1e-6)
-    assert of_files["isc_fashion_classifier_mean"] is None and "no Inception Score" in capsys.readouterr().out
-
-
 def test_images_are_exported_shuffled_and_whole(images, folders, arrays, tmp_path):
     order = np.random.RandomState(3).permutation(24)
     assert not (order == np.arange(24)).all()
@@ -220,7 +209,6 @@ def bad(images, tmp_path_factory) -> Path:
         ("", "plain.npz", "--precision_recall", "it lacks features, for --precision_recall"),
         ("", "plain.npz", "--kid", "statistics FOLDER_OR_NPZ --keep_features 10000 --output FILE"),
         ("", "plain.npz", "--fd_dinov2", "it lacks dinov2_mu, for --fd_dinov2"),
-        ("plain.npz", "", "--standard_errors", "--standard_errors needs images, and {bad}/plain.npz"),
         ("", "inception.npz", "", "mu is [2048], but the features have 128 dimensions"),
         ("", "other.npz", "--kid", "features is [9, 64], but the features have 128 dimensions"),
         ("", "scalar.npz", "", "mu is [], but the features have 128 dimensions"),

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or action.help is None or "(default" in action.help:
+        if action.default is None or action.default is False or action.help is None or "(default" in action.help:
             return action.help
         return super()._get_help_string(action)
 

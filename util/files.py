@@ -39,10 +39,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless a file can be written at `path`: before the work rather than after it."""
-    test = path.with_name(path.name + ".test")
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        test = path.with_name(path.name + ".test")
         with atomic_write(test):
             pass
         test.unlink()

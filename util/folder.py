@@ -29,9 +29,10 @@ from PIL import Image
 
 from util.errors import InputError, describe_differences
 from util.files import atomic_write
-from util.images import encode_png
+from util.images import encode_png, image_grid
 
 OUTPUTS = ("features", "logits", "dinov2")  # arrays of a record, as an `Extractor` names them
+PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40  # of `side_by_side`
 FACTS = ("sample_seconds", "decode_seconds", "first")
 
 
@@ -203,6 +204,20 @@ def open_finished(path: Path) -> tuple[dict[str, Any], dict[str, Any], RunFolder
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is damaged ({error}): run eval.py again") from None
     return metrics["settings"], metrics, RunFolder(path, labels_of(metrics["settings"]))
+
+
+def side_by_side(*runs: RunFolder) -> bytes:
+    """Draw a PNG of images of the same seeds: rows of the first run, and below each the row of the second."""
+    indices = [index for index in range(len(runs[0].labels)) if all(run.image_path(index).exists() for run in runs)]
+    if not indices:
+        raise InputError(f"{runs[0].path} and {runs[1].path} share no images: run both with --save_images")
+    images = [
+        run.read_image(index)
+        for start in range(0, min(len(indices), PAIRS_SHOWN), PAIRS_PER_ROW)
+        for run in runs
+        for index in indices[start : start + PAIRS_PER_ROW]
+    ]
+    return encode_png(image_grid(images, columns=min(PAIRS_PER_ROW, len(indices))))
 
 
 @contextlib.contextmanager

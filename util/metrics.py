@@ -144,7 +144,8 @@ class Metric:
 def _frechet_distance(own: Statistics, reference: Statistics, notes: list[str], prefix: str = "") -> dict[str, float]:
     moments = [{name: getattr(side, prefix + name) for name in ("mu", "sigma")} for side in (own, reference)]
     dim = len(moments[0]["mu"])
-    if own.logits is not None and len(own.logits) <= dim:
+    assert own.logits is not None  # of all images
+    if len(own.logits) <= dim:
         notes.append(
             f"{len(own.logits)} images do not determine the covariance of {dim} features: the Frechet distance is far "
             "too high, and compares only with that of as many images"
@@ -241,7 +242,19 @@ def score(
     num_images = len(outputs["features"])
     check_enough(metrics, num_images, "there are", standard_errors=standard_errors)
     own = Statistics.from_features(**outputs, keep=num_images) if num_images > 1 else None
-    scores = score_statistics(own, reference, metrics, extractor=extractor, progress=progress)
+    scores: dict[str, Any] = {}
+    notes: list[str] = []
+    wanted = [metric for name, metric in METRICS.items() if name in metrics or not metric.help]
+    for metric in tqdm(wanted, desc="scores", leave=False, disable=not progress):
+        values: Mapping[str, float] = {}
+        if own is None or num_images < metric.least:
+            notes.append(f"{metric.numbers[0].label} takes at least {metric.least} images")
+        else:
+            values = metric.measure(own, reference, notes)
+        for number in metric.numbers:
+            scores[number.key(extractor)] = values.get(number.inception)
+            if number.inception.endswith("_mean"):
+                scores[number.std_key(extractor)] = values.get(number.std_key("inception"))
     if standard_errors:
         keys = [number.key(extractor) for number, value in read_scores(scores)[1].items() if value is not None]
         groups = random_groups(num_images) if labels is None else groups_of_images(labels)
@@ -255,33 +268,6 @@ def score(
         with tqdm(total=1 + GROUPS, desc="standard errors", disable=not progress) as bar:
             spreads = jackknife(measure, groups)
         scores["standard_errors"] = {key: spread.error for key, spread in zip(keys, spreads)}
-    return scores
-
-
-def score_statistics(
-    own: Statistics | None,
-    reference: Statistics,
-    metrics: Sequence[str] = (),
-    *,
-    extractor: str,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Score images by their statistics, which for a single image are None; returns what `score` returns."""
-    scores: dict[str, Any] = {}
-    notes: list[str] = []
-    wanted = [metric for name, metric in METRICS.items() if name in metrics or not metric.help]
-    for metric in tqdm(wanted, desc="scores", leave=False, disable=not progress):
-        label, values = metric.numbers[0].label, {}
-        if own is None or (own.logits is not None and len(own.logits) < metric.least):
-            notes.append(f"{label} takes at least {metric.least} images")
-        elif "logits" in metric.needs and own.logits is None:
-            notes.append(f"there is no {label}, because a statistics file holds no logits")
-        else:
-            values = metric.measure(own, reference, notes)
-        for number in metric.numbers:
-            scores[number.key(extractor)] = values.get(number.inception)
-            if number.inception.endswith("_mean"):
-                scores[number.std_key(extractor)] = values.get(number.std_key("inception"))
     return {**scores, "notes": notes}
 
 

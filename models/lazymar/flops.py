@@ -7,14 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from models.diffloss import NUM_FREQUENCIES
 from models.lazymar.plan import DenoisingStep, HeadPlan, Plan, Step
 from models.mar import MAR, Block
-from models.vae import AutoencoderKL
 
 
 class Flops(NamedTuple):
@@ -53,7 +48,7 @@ def flops_per_step(model: MAR, plan: Plan) -> list[Flops]:
 def block_flops(block: Block, projected: int, queries: int, keys: int) -> int:
     """FLOPs of a transformer block: `projected` rows get queries, keys and values, `queries` of them are finished by
     attending to `keys` rows."""
-    width, mlp_width = block.attn.proj.in_features, block.mlp.fc1.out_features
+    width, mlp_width = block.attn.proj.in_features, block.mlp.fc1.weight.shape[0]
     attention = 2 * queries * keys * 2 * width
     return 2 * projected * width * 3 * width + attention + 2 * queries * width * (width + 2 * mlp_width)
 
@@ -102,11 +97,3 @@ def chain(model: MAR, plan: HeadPlan) -> int:
     }
     steps = sum(count * per_step[kind] for kind, count in Counter(plan.steps).items())
     return plan.num_branches * 2 * net.cond_embed.in_features * width + steps
-
-
-def count_decoding_flops(vae: AutoencoderKL, side: int) -> int:
-    """Return the FLOPs of decoding one image of `side` x `side` latents. `vae` is on the meta device."""
-    latents = torch.empty(1, vae.embed_dim, side, side, device="meta")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        vae.decode(latents)
-    return counter.get_total_flops()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -15,7 +15,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from models import Plan
-from models.lazymar.flops import Flops
 from util.redundancy import REUSED, ROW_GROUPS
 from util.report.results import Comparison, Row
 
@@ -124,18 +123,4 @@ def rows_by_step(plans: Mapping[str, Plan], buffer_size: int) -> bytes:
     shades = {"computed": SHADES(1.0), "some of these computed": SHADES(0.35), "reused": SHADES(0.0)}
     patches = [Patch(fc=fc, ec="black", lw=0.5, label=label) for label, fc in {**shades, "not known yet": "w"}.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=2)
-    return png(figure)
-
-
-def flops_by_step(methods: Mapping[str, Sequence[Flops]]) -> bytes:
-    """Draw the FLOPs of each step by part, a panel for each method."""
-    figure, grid = panels(0.8 + 2.4 * len(methods), len(methods), sharex=True, sharey=True)
-    for [axes], (name, steps) in zip(grid, methods.items()):
-        gflops = np.array(steps).T / 1e9  # [parts, steps]
-        for part, heights, colour, below in zip(Flops._fields, gflops, (SKY, BLUE, ORANGE), gflops.cumsum(0) - gflops):
-            axes.bar(range(len(steps)), heights, 0.85, below, color=colour, label=part)
-        axes.set(title=f"{name}: {gflops.sum() / 1e3:.3g} TFLOPs", xlabel="Step", ylabel="GFLOPs")
-        axes.grid(axis="x", visible=False)
-        axes.label_outer()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return png(figure)

@@ -11,16 +11,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compare import side_by_side
 from models import PRESETS
 from util.files import atomic_write
+from util.folder import side_by_side
 from util.jackknife import Spread
 from util.report import figures, paper
 from util.report.results import Row, compare
 from util.study import SMALL_MODEL, TABLE_METHODS, Study
 
 HERE = Path(__file__).parent
-MODEL_DRAWN = "mar_huge"  # whose plans and FLOPs are drawn
+MODEL_DRAWN = "mar_huge"  # whose plans are drawn
 
 
 def write_page(study: Study, redundancy: Mapping[str, Any]) -> Path:
@@ -63,11 +63,8 @@ def write_page(study: Study, redundancy: Mapping[str, Any]) -> Path:
 def draw(table: Mapping, methods: Mapping, redundancy: Mapping) -> dict[str, bytes]:
     """Draw the pictures that the finished runs allow, by name."""
     drawn = {"MAR": table[MODEL_DRAWN, "mar"].options, "LazyMAR": table[MODEL_DRAWN, "lazymar"].options}
-    plans, flops = ({name: getattr(options, what) for name, options in drawn.items()} for what in ("plan", "flops"))
-    pictures = {
-        "rows_by_step": figures.rows_by_step(plans, drawn["MAR"].meta_model.buffer_size),
-        f"flops_by_step_{MODEL_DRAWN}": figures.flops_by_step(flops),
-    }
+    plans = {name: options.plan for name, options in drawn.items()}
+    pictures = {"rows_by_step": figures.rows_by_step(plans, drawn["MAR"].meta_model.buffer_size)}
     if compared := {name: pair for name, pair in methods.items() if pair[1]}:
         pictures["frontier"] = figures.frontier(compared)
     for model in PRESETS:

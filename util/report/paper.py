@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-LAZYMAR_PAPER, MAR_PAPER, GTR_PAPER = "2503.12450", "2406.11838", "2510.17171"  # on arXiv
+LAZYMAR_PAPER, MAR_PAPER = "2503.12450", "2406.11838"  # on arXiv
 PARAMETERS = {"mar_base": 208e6, "mar_large": 479e6, "mar_huge": 943e6}  # from MAR's paper
 
 
@@ -31,21 +31,4 @@ TABLE = {  # (model, method)
     ("mar_large", "lazymar"): PaperRow(0.40, 22.82, 12.52, 11.926, 2.80, 1.93, 297.4),
     ("mar_huge", "mar"): PaperRow(1.74, 116.61, 69.06, 65.177, 1.00, 1.59, 299.1),
     ("mar_huge", "lazymar"): PaperRow(0.75, 43.12, 24.38, 23.601, 2.83, 1.69, 299.2),
-}
-
-# MAR-H on ImageNet at 256 pixels in 64 steps: name, seconds and TFLOPs per image, speed-up, FID, IS. These are
-# second-hand: they come from notes on GtR's paper, which does not name the GPU.
-GTR_TABLE = (
-    ("MAR-H", 0.81, 64.52, 1.00, 1.59, 299.1),
-    ("Halton order", 0.33, 27.11, 2.38, 3.18, 261.7),
-    ("DiSA", 0.27, 21.59, 2.99, 2.11, 283.1),
-    ("LazyMAR", 0.27, 18.85, 3.42, 1.94, 284.1),
-    ("GtR", 0.22, 17.34, 3.72, 1.59, 304.4),
-)
-
-# What other papers state for MAR-H: the arXiv number and the claim.
-OTHER_METHODS = {
-    "MARché": ("2506.12035", "up to 1.7 times faster"),
-    "GtR": (GTR_PAPER, "3.72 times faster at FID 1.59 and IS 304.4"),
-    "DiSA": ("2505.20297", "5 to 10 times faster than 256 steps, with 64 steps and denoising steps from 50 to 5"),
 }
