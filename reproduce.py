@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from eval import evaluate
-from models.presets import MAR_MODELS
+from models.presets import MAR_MODELS, PRESETS
 from util import machine
 from util.cli import Parser, number
 from util.errors import InputError
@@ -143,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
     count = number(int, 1)
-    add("--models", nargs="+", choices=MAR_MODELS, default=list(MAR_MODELS), metavar="MODEL", help="models to evaluate")
+    add("--models", nargs="+", choices=PRESETS, default=list(MAR_MODELS), metavar="MODEL", help="models to evaluate")
     add("--num_images", type=count, metavar="N", help=f"images of a run (default: 50000, and 2000 of {SMALL_MODEL})")
     add("--eval_bsz", type=count, metavar="N", help=f"batch size (default: 128, and 25 of {SMALL_MODEL})")
     add("--num_iter", type=count, default=64, metavar="N", help="autoregressive steps of methods without stages")
@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="print plans, FLOPs, memory and estimated times, and write nothing")
     args = parser.parse_args(argv)
     args.metrics = () if args.dry_run else metrics_from_flags(args)
-    args.models = [model for model in MAR_MODELS if model in args.models]
+    args.models = [model for model in PRESETS if model in args.models]
     args.method = [name.lower() for name in args.method if name != "none"]
     args.ablations = [name for name in ABLATIONS if {name, "all"} & set(args.ablations)]
     return args

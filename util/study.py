@@ -65,7 +65,8 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.table = {(model, name): self.options(model, name) for model in MAR_MODELS for name in TABLE_METHODS}
+        models = dict.fromkeys([*MAR_MODELS, *args.models])
+        self.table = {(model, name): self.options(model, name) for model in models for name in TABLE_METHODS}
         self.methods = {name: self.options(SMALL_MODEL, name) for name in args.method}
         available = self.table[SMALL_MODEL, "mar"].num_images
         self.num_compared = args.ablation_images or min(ABLATION_IMAGES, available)
