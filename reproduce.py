@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from eval import evaluate
-from models import PRESETS
+from models.presets import MAR_MODELS, PRESETS
 from util import machine
 from util.cli import Parser, number
 from util.condition_errors import make_teacher, measure_policies
@@ -173,7 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
     count = number(int, 1)
-    add("--models", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="MODEL", help="models to evaluate")
+    add("--models", nargs="+", choices=PRESETS, default=list(MAR_MODELS), metavar="MODEL", help="models to evaluate")
     add("--num_images", type=count, metavar="N", help=f"images of a run (default: 50000, and 2000 of {SMALL_MODEL})")
     add("--eval_bsz", type=count, metavar="N", help=f"batch size (default: 128, and 25 of {SMALL_MODEL})")
     add("--num_iter", type=count, default=64, metavar="N", help="autoregressive steps of methods without stages")

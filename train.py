@@ -25,6 +25,7 @@ from diffusion.loss import hybrid_loss
 from diffusion.schedule import NUM_TRAIN_STEPS
 from models import MAR, PRESETS, AutoencoderKL, Preset, create_model
 from models.diffloss import DiffusionHead
+from models.presets import MAR_MODELS
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
 from util.extractors import CLASSIFIER_PATH, FashionClassifier, import_torch_fidelity, load_classifier
@@ -287,7 +288,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         def add(flag: str, kind: Callable, default: Any, help: str, **settings: Any) -> None:
             sub.add_argument(flag, type=kind, default=default, help=help, **settings)
 
-        add("--model", str, "mar_tiny", "model to train", choices=sorted(PRESETS))
+        add("--model", str, "mar_tiny", "model to train", choices=sorted(MAR_MODELS))
         add("--fashion_mnist", Path, FASHION_MNIST_FOLDER, "folder with Fashion-MNIST's four .gz files")
         add("--output_dir", Path, Path("output") / f"train_{name}", "folder of the training and its weights")
         add("--steps", natural, steps, "optimizer steps")

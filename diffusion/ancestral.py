@@ -1,38 +1,44 @@
-"""The ancestral step of improved DDPM (arXiv 2102.09672), with the learned variance."""
+"""The ancestral steps of improved DDPM (arXiv 2102.09672), with the learned variance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.schedule import NoiseSchedule
 
-def denoise(
-    x: Tensor,
-    eps: Tensor,
-    v: Tensor,
-    difference: Tensor | None,
-    guidance: Tensor,
-    coefficients: Sequence[Tensor],
-    noise: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    """Take one ancestral step with the learned variance; return the less noisy tokens [n, C].
 
-    Args:
-        x:            [n, C] the noisy tokens.
-        eps, v:       [n, C] predicted noise and variance of the conditional branch.
-        difference:   [n, C] conditional - unconditional eps; None without guidance.
-        guidance:     [] the CFG scale - 1.
-        coefficients: [] each, of x and eps, then base and slope of the noise's log standard deviation.
-        noise:        [n, C]; None at the last step.
+class Ancestral:
+    """Denoises tokens by an ancestral step for each of `timesteps`, descending integers.
+
+    `dtype` is that of the tokens; `temperature` scales the noise of every step, not the initial noise.
     """
-    x_coefficient, eps_coefficient, log_std_base, log_std_slope = coefficients
-    if difference is not None:
-        eps = torch.addcmul(eps, difference, guidance)
-    mean = torch.addcmul(x_coefficient * x, eps_coefficient, eps)
-    if noise is None:
-        return mean
-    std = torch.addcmul(log_std_base, log_std_slope, v).exp()
-    return torch.addcmul(mean, std, noise, value=temperature)
+
+    def __init__(
+        self, timesteps: Sequence[float], temperature: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.temperature = temperature
+        schedule = NoiseSchedule.of([int(timestep) for timestep in reversed(timesteps)])
+        columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
+        coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4], in order of use
+        self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]
+
+    def begin(self, noise: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """Return the initial state [n, C], and a function that returns the next one for a state, its eps and v.
+
+        `noise` is [S + 1, n, C]: the initial state, then a draw for each step; the last one is not used.
+        """
+        steps = iter(zip(self.coefficients, [*noise[1:-1], None]))
+
+        def step(x: Tensor, eps: Tensor, v: Tensor) -> Tensor:
+            (x_coefficient, eps_coefficient, log_std_base, log_std_slope), draw = next(steps)
+            mean = torch.addcmul(x_coefficient * x, eps_coefficient, eps)
+            if draw is None:
+                return mean
+            std = torch.addcmul(log_std_base, log_std_slope, v).exp()
+            return torch.addcmul(mean, std, draw, value=self.temperature)
+
+        return noise[0], step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusion.solver import SolverSteps
 from models.lazymar.noise import ImageNoise
 from models.lazymar.plan import Plan, make_plan
 from models.lazymar.policy import CachePolicy
@@ -29,6 +30,7 @@ __all__ = [
     "Preset",
     "Sampler",
     "Schedule",
+    "SolverSteps",
     "cast_model",
     "count_flops",
     "create_model",
@@ -51,4 +53,6 @@ def create_model(name: str, **overrides: Any) -> MAR:
     """
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
-    return MAR(**{**PRESETS[name].architecture, **overrides}).eval()
+    model = MAR(**{**PRESETS[name].architecture, **overrides}).eval()
+    model.name = name
+    return model

@@ -25,10 +25,15 @@ def timestep_sinusoids(timesteps: Tensor) -> Tensor:
     Correctly rounded: angles are float32 products, as the weights were trained with, and their cosines and sines are
     computed in float64 and rounded once. PyTorch's float32 functions would give values that differ from processor to
     processor, and the first of 100 denoising steps multiplies such a difference by 316.
+
+    Timesteps that are real numbers (float64) make float64 sinusoids of float64 angles.
     """
     exponents = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=timesteps.device)
     exponents = -math.log(MAX_PERIOD) * exponents / NUM_FREQUENCIES
     frequencies = exponents.double().exp().float()
+    if timesteps.is_floating_point():
+        angles = timesteps[:, None].double() * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
     angles = (timesteps[:, None].float() * frequencies).double()
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 

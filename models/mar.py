@@ -8,6 +8,7 @@ what a sampler needs of a block (its queries, keys and values apart from its out
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
+        self.mlp: Any = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
 
     def finish(self, x: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Return the block's output for rows `x` [B, n, D], which attend to `keys_values` [B, m, 2D]."""
@@ -73,8 +74,10 @@ class MAR(nn.Module):
         class_num:                        number of classes.
         buffer_size:                      class-embedding rows in front of the tokens (P).
         diffloss_d, diffloss_w:           blocks and width of the diffusion head.
+        one_fake_token:                   one parameter [1, D] is both `fake_latent` and `mask_token`, as in eMIGM.
 
-    L = (img_size / vae_stride / patch_size)^2 tokens of `token_dim` = C * patch_size^2 numbers each.
+    L = (img_size / vae_stride / patch_size)^2 tokens of `token_dim` = C * patch_size^2 numbers each. `name` is that of
+    the preset if `create_model` made the model.
     """
 
     def __init__(
@@ -95,12 +98,16 @@ class MAR(nn.Module):
         buffer_size: int = 64,
         diffloss_d: int = 6,
         diffloss_w: int = 1024,
+        one_fake_token: bool = False,
     ) -> None:
         super().__init__()
+        self.name = ""
         if img_size % (vae_stride * patch_size):
             raise ValueError(f"img_size {img_size} is not a multiple of vae_stride * patch_size")
         if min(encoder_depth, decoder_depth, diffloss_d, buffer_size, class_num) < 1:
             raise ValueError("encoder_depth, decoder_depth, diffloss_d, buffer_size and class_num must be at least 1")
+        if one_fake_token and encoder_embed_dim != decoder_embed_dim:
+            raise ValueError("one_fake_token needs an encoder and a decoder of the same width")
         self.img_size, self.patch_size, self.vae_embed_dim = img_size, patch_size, vae_embed_dim
         self.grid_size = img_size // vae_stride // patch_size
         self.seq_len = self.grid_size**2
@@ -120,7 +127,7 @@ class MAR(nn.Module):
         self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
 
         self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.mask_token = self.fake_latent if one_fake_token else nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, decoder_embed_dim))
         self.decoder_blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
@@ -181,7 +188,7 @@ class MAR(nn.Module):
 
     def masked_input(self, positions: Tensor) -> Tensor:
         """The decoder's rows [..., D] of unknown tokens at `positions` [...]."""
-        return self.mask_token[0] + self.decoder_pos_embed_learned[0, self.buffer_size + positions]
+        return self.mask_token.flatten() + self.decoder_pos_embed_learned[0, self.buffer_size + positions]
 
     def conditions(self, decoded: Tensor, positions: Tensor) -> Tensor:
         """Return the head's conditions [B, k, D], from the last block's output [B, k, D] at `positions` [B, k]."""

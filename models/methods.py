@@ -14,19 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.schedule import check_num_sampling_steps, respaced_timesteps
+from diffusion.schedule import NUM_TRAIN_STEPS, check_num_sampling_steps, respaced_timesteps
+from diffusion.solver import SolverSteps
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.noise import Noise
 from models.lazymar.plan import Plan, make_plan
 from models.lazymar.policy import REFERENCE_STEPS, CachePolicy, count_of
 from models.lazymar.sampler import Sampler
-from models.lazymar.schedule import Chain, Schedule, ScheduledStep, cfg_scales, cosine_counts
+from models.lazymar.schedule import (
+    Chain,
+    Schedule,
+    ScheduledStep,
+    cfg_scales,
+    cosine_counts,
+    counts_by_masked,
+    given_counts,
+)
 from models.mar import MAR
 
 # Annealed chains start here. The first denoising step divides by sqrt(alpha_bar), which is 1/13 at 950 and 1/642 at
 # 998; a short chain would keep the error of that step.
 ANNEALED_FIRST_TIMESTEP = 950
 ANNEALINGS = ("linear", "cosine", "two-stage", "constant", "generation")
+LAST_TIME = 1e-5  # at which the last autoregressive step ends, in eMIGM's code
+TOKEN_SCHEDULES = ("cosine", "exp")
 REFERENCE_DENOISING_STEPS = 100  # chain length that the head's refresh interval is given for
 
 
@@ -84,7 +95,8 @@ class AnnealedSteps:
 class DetailedTokens:
     """The tokens of the last stage whose conditions vary most across channels take a longer denoising chain (GtR).
 
-    If the other tokens take more denoising steps than `num_sampling_steps`, these take as many.
+    If the other tokens take more denoising steps than `num_sampling_steps`, these take as many; so they do if the
+    others take `SolverSteps`, which need no longer chain.
 
     Args:
         share:              share of the tokens that a step predicts, in each image by itself.
@@ -112,20 +124,30 @@ class Method:
     Args:
         num_stages:          stages of the order of prediction; 1 is a random order, more halve a checkerboard.
         num_iter:            autoregressive steps; with several stages, a number for each.
+        tokens_per_step:     tokens of each autoregressive step, in place of `num_iter` and `token_schedule`.
+        token_schedule:      how many tokens are masked after each step: by MAR's "cosine"; or by "exp",
+                             (1 - exp(-5 t)) / (1 - exp(-5)) of them at time t, which falls evenly from 1 to 1e-5
+                             (eMIGM, arXiv 2503.07197), rounded.
         num_sampling_steps:  denoising steps.
         detailed_tokens:     tokens of the last stage that take more denoising steps.
+        guidance_interval:   (t_min, t_max): steps that end at a time t with t_min < t <= t_max run with guidance, other
+                             steps without; time as for `token_schedule`. None: all steps run with guidance.
         unguided_below:      steps whose CFG scale is below this run without guidance.
         lazy_sampling_steps: maximum number of denoising steps at steps that are not refresh steps.
-        cache:               the cache policy; with several stages its start step and refresh interval are of 64 steps,
-                             and with `AnnealedSteps` its head's refresh interval is of 100 denoising steps.
+        cache:               the cache policy; with several stages, and with the token schedule "exp", its start step
+                             and refresh interval are of 64 steps; with `AnnealedSteps` its head's refresh interval is
+                             of 100 denoising steps; with `SolverSteps` its head cache is not used.
 
     Raises ValueError, naming the field, for a value out of range.
     """
 
     num_stages: int = 1
     num_iter: int | tuple[int, ...] = REFERENCE_STEPS
-    num_sampling_steps: int | AnnealedSteps = 100
+    tokens_per_step: tuple[int, ...] | None = None
+    token_schedule: str = "cosine"
+    num_sampling_steps: int | AnnealedSteps | SolverSteps = 100
     detailed_tokens: DetailedTokens | None = None
+    guidance_interval: tuple[float, float] | None = None
     unguided_below: float = 1.0
     lazy_sampling_steps: int | None = None
     cache: CachePolicy | None = None
@@ -139,6 +161,18 @@ class Method:
             raise ValueError(f"unguided_below must be at least 1, not {self.unguided_below}")
         if self.lazy_sampling_steps is not None and self.lazy_sampling_steps < 2:
             raise ValueError(f"lazy_sampling_steps must be at least 2, not {self.lazy_sampling_steps}")
+        if self.token_schedule not in TOKEN_SCHEDULES:
+            raise ValueError(f"token_schedule must be {' or '.join(TOKEN_SCHEDULES)}, not {self.token_schedule!r}")
+        for name in ("tokens_per_step", "token_schedule"):
+            if self.num_stages > 1 and name in self.changes:
+                raise ValueError(f"{name} is for an order without stages: leave it out, or set num_stages to 1")
+        if self.guidance_interval is not None:
+            t_min, t_max = self.guidance_interval
+            if not 0 <= t_min < t_max <= 1:
+                raise ValueError(
+                    "guidance_interval must be t_min:t_max with 0 <= t_min < t_max <= 1, such as 0.1:0.3, not "
+                    f"{t_min:g}:{t_max:g}"
+                )
         if self.num_stages == 1 and self.detailed_tokens:
             raise ValueError("detailed_tokens needs several stages: give num_stages too, or leave detailed_tokens out")
         if self.num_stages == 1 and getattr(self.num_sampling_steps, "schedule", None) == "generation":
@@ -162,14 +196,23 @@ class Method:
         counts, stages, stage_starts = self._order(seq_len)
         num_iter, last_stage = len(counts), stage_starts[-1]
         scales = [scale if scale >= self.unguided_below else 1.0 for scale in cfg_scales(counts, cfg, cfg_schedule)]
+        if self.guidance_interval is not None:
+            t_min, t_max = self.guidance_interval
+            scales = [scale if t_min < t <= t_max else 1.0 for scale, t in zip(scales, step_times(num_iter))]
         policy = self._policy(num_iter, stage_starts)
         steps = []
         for index, (count, scale) in enumerate(zip(counts, scales)):
             length = self.num_sampling_steps
             if isinstance(length, AnnealedSteps):
                 length = length.at(index, num_iter, last_stage)
-            if self.lazy_sampling_steps is not None and policy and not policy.is_refresh(index, num_iter):
-                length = min(length, self.lazy_sampling_steps)
+            most = self.lazy_sampling_steps
+            if most is None or policy is None or policy.is_refresh(index, num_iter):
+                most = NUM_TRAIN_STEPS
+            if isinstance(length, SolverSteps):
+                solver = replace(length, evaluations=min(length.evaluations, most))
+                steps.append(ScheduledStep(scale, (Chain(solver.timesteps, count, solver),)))
+                continue
+            length = min(length, most)
             detailed = self.detailed_tokens if index >= last_stage else None
             num_detailed = int(round(count * detailed.share, 6)) if detailed else 0
             chains = [Chain(self._timesteps(length), count - num_detailed)]
@@ -192,9 +235,13 @@ class Method:
             stages = stages_of_positions(seq_len, self.num_stages)
             counts = staged_counts([stages.count(stage) for stage in range(self.num_stages)], num_iter)
             return counts, tuple(stages), [sum(num_iter[:stage]) for stage in range(self.num_stages)]
+        if self.tokens_per_step is not None:
+            return given_counts(seq_len, self.tokens_per_step), None, [0]
         if len(num_iter) > 1:
             given = ",".join(map(str, num_iter))
             raise ValueError(f"num_iter must be one number for one stage, not {given}: or give num_stages too")
+        if self.token_schedule == "exp":
+            return exp_counts(seq_len, num_iter[0]), None, [0]
         return cosine_counts(seq_len, num_iter[0]), None, [0]
 
     def _timesteps(self, length: int) -> tuple[int, ...]:
@@ -210,6 +257,7 @@ class Method:
         - With several stages, start step and refresh interval keep their place in the run, and each stage begins with a
           refresh step, because it predicts more tokens at once than the one before. No refresh is scheduled on the step
           just before that.
+        - With the token schedule "exp" they keep their place in the run, too: published runs have as few as 16 steps.
         - Annealed chains are short: the head's refresh interval becomes a fraction of each chain.
         """
         policy = self.cache
@@ -218,7 +266,8 @@ class Method:
         if isinstance(self.num_sampling_steps, AnnealedSteps) and policy.head_refresh_interval >= 1:
             fraction = min(policy.head_refresh_interval / REFERENCE_DENOISING_STEPS, 0.999)
             policy = replace(policy, head_refresh_interval=fraction)
-        if len(stage_starts) == 1 or policy.refresh_steps is not None:
+        in_random_order = len(stage_starts) == 1 and self.token_schedule == "cosine"
+        if in_random_order or policy.refresh_steps is not None:
             return policy
         start, interval = policy.start_step, policy.refresh_interval
         start = count_of(start, num_iter) if start < 1 else math.ceil(start * num_iter / REFERENCE_STEPS)
@@ -232,6 +281,17 @@ class Method:
             return scaled.is_refresh(step, num_iter) and step + 1 not in stage_starts
 
         return replace(policy, refresh_steps=tuple(filter(is_refresh, range(num_iter))))
+
+
+def step_times(num_iter: int) -> list[float]:
+    """Return the time at which each autoregressive step ends [num_iter]: from 1, where the first begins, to 1e-5."""
+    return [1 - (1 - LAST_TIME) * step / num_iter for step in range(1, num_iter + 1)]
+
+
+def exp_counts(seq_len: int, num_iter: int) -> list[int]:
+    """Return the number of tokens that each step predicts by the token schedule "exp", at least one per step."""
+    masked = [math.expm1(-5 * time) / math.expm1(-5) for time in step_times(num_iter)[:-1]]
+    return counts_by_masked(seq_len, num_iter, [round(seq_len * share) for share in masked])
 
 
 def stages_of_positions(seq_len: int, num_stages: int) -> list[int]:
@@ -335,6 +395,30 @@ LATE_GUIDANCE = Method(unguided_below=1.1)
 # chains in 20 steps, and no guidance where it matters little. docs/methods.md says what was tried.
 FAST = GTR.replaced(num_iter=(15, 3, 2), unguided_below=1.2, cache=CachePolicy(refresh_interval=18))
 
+# eMIGM (arXiv 2503.07197): the settings published for its models, for 16 steps of 8 evaluations of the head. They
+# depend on the model and the number of steps: see `emigm`. The CFG scale is 4 at all guided steps, as in its presets.
+EMIGM = Method(
+    num_iter=16,
+    token_schedule="exp",
+    num_sampling_steps=SolverSteps(8, "singlestep"),
+    guidance_interval=(0.1, 0.3),
+)
+# The guidance intervals of 16 steps, and of 128 steps (64 for models of 512 pixels), where they are not these:
+EMIGM_INTERVALS = {"emigm": ((0.1, 0.3), (0.18, 0.6)), "512": ((0.15, 0.35), (0.25, 0.5))}
+EMIGM_INTERVALS |= {"emigm_base": ((0.1, 0.3), (0.05, 0.4)), "emigm_huge": ((0.2, 0.4), (0.3, 0.7))}
+
+
+def emigm(model: str, num_iter: int = 16) -> Method:
+    """Return eMIGM's published settings for a preset of its own; other models get those of eMIGM-S.
+
+    Up to 32 steps get the settings published for 16 steps, more steps those published for 128 (512 pixels: 64).
+    """
+    few, many = EMIGM_INTERVALS.get("512" if model.endswith("_512") else model, EMIGM_INTERVALS["emigm"])
+    if num_iter <= 32:
+        return EMIGM.replaced(num_iter=num_iter, guidance_interval=few)
+    return EMIGM.replaced(num_iter=num_iter, guidance_interval=many, num_sampling_steps=SolverSteps(14, "singlestep"))
+
+
 METHODS = {
     "mar": Method(),
     "lazymar": LAZYMAR,
@@ -344,11 +428,14 @@ METHODS = {
     "recap": RECAP,
     "lateguidance": LATE_GUIDANCE,
     "fast": FAST,
+    "emigm": EMIGM,
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, model: str = "", num_iter: int | None = None) -> Method:
     """Return the method of a name, or the composition of names joined by "+".
+
+    `model`, the name of a preset, and the number of steps decide settings of "emigm" alone, see `emigm`.
 
     Raises ValueError, naming method, for an unknown name, and for methods that contradict each other.
     """
@@ -361,7 +448,8 @@ def find_method(name: str) -> Method:
             raise ValueError(f"method {name} has {part} twice: once is enough")
         if part == "mar" and len(names) > 1:
             raise ValueError(f"method {name}: mar is the baseline that every method changes, so leave it out")
-        for setting, value in METHODS[part].changes.items():
+        method = emigm(model, num_iter if isinstance(num_iter, int) else 16) if part == "emigm" else METHODS[part]
+        for setting, value in method.changes.items():
             if setting in decided_by:
                 raise ValueError(
                     f"method {name} cannot be: {decided_by[setting]} and {part} both set {setting}; leave one out"
@@ -390,7 +478,7 @@ def sample_tokens(
 
     The other arguments, the result and the errors are those of `Sampler` and `mar_schedule`.
     """
-    plan = _with_settings(method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
+    plan = _with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
     return Sampler(model, plan, temperature=temperature)(class_labels, noise)
 
 
@@ -398,9 +486,11 @@ def count_flops(
     model: MAR, method: Method | str = "mar", *, cfg: float = 3.25, cfg_schedule: str = "linear", **settings: Any
 ) -> Flops:
     """Return the FLOPs of sampling one image; arguments as in `sample_tokens`. `model` may be on the meta device."""
-    plan = _with_settings(method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
+    plan = _with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
     return Flops.of_steps(flops_per_step(model, plan))
 
 
-def _with_settings(method: Method | str, settings: dict[str, Any]) -> Method:
-    return (find_method(method) if isinstance(method, str) else method).replaced(**settings)
+def _with_settings(model: MAR, method: Method | str, settings: dict[str, Any]) -> Method:
+    if isinstance(method, str):
+        method = find_method(method, model.name, settings.get("num_iter"))
+    return method.replaced(**settings)

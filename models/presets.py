@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from models.vae import AutoencoderKL
+from models.vae import AutoencoderKL, check_diffusers, deep_compression_autoencoder
 
 ROOT = Path(__file__).resolve().parents[1] / "pretrained_models"
 
@@ -21,10 +21,11 @@ class Preset:
     Args:
         architecture:    constructor fields of `MAR`, those that differ from its defaults at least.
         cfg:             CFG scale that it is evaluated with.
+        cfg_schedule:    its CFG schedule, a key of `models.lazymar.schedule.CFG_SCHEDULES`.
         checkpoint:      file of its weights.
         ema_expected:    the published scores are of EMA weights, and files of other weights circulate.
         vae:             constructor fields of the VAE that differ from its defaults.
-        vae_class:       the VAE's network, with `encode` and `decode`.
+        vae_class:       makes the VAE's network, with `encode` and `decode`.
         vae_path:        file of the VAE's weights.
         latent_scale:    the model's latents are the VAE's times this, which gives them unit variance.
         statistics_path: file of the real images' statistics, for FID.
@@ -34,13 +35,19 @@ class Preset:
     architecture: Mapping[str, Any]
     cfg: float
     checkpoint: Path
+    cfg_schedule: str = "linear"
     ema_expected: bool = True
     vae: Mapping[str, Any] = field(default_factory=dict)
-    vae_class: type[nn.Module] = AutoencoderKL
+    vae_class: Callable[..., nn.Module] = AutoencoderKL
     vae_path: Path = ROOT / "vae" / "kl16.ckpt"
     latent_scale: float = 0.2325
     statistics_path: Path = ROOT / "fid_stats" / "adm_in256_stats.npz"
     features: str = "inception"
+
+    def check_packages(self) -> None:
+        """Raise ValueError, naming model, if a package that the VAE needs is not installed."""
+        if self.vae_class is deep_compression_autoencoder:
+            check_diffusers()
 
     @property
     def class_num(self) -> int:
@@ -48,9 +55,9 @@ class Preset:
         return self.architecture["class_num"]
 
 
-def _official(name: str, width: int, depth: int, heads: int, head_depth: int, head_width: int, cfg: float) -> Preset:
-    """Describe a model of the MAR paper: encoder and decoder are equally wide and deep."""
-    architecture = {
+def _architecture(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, Any]:
+    """Return the fields of a published model: encoder and decoder are equally wide and deep."""
+    return {
         "img_size": 256,
         "class_num": 1000,
         "encoder_embed_dim": width,
@@ -62,13 +69,51 @@ def _official(name: str, width: int, depth: int, heads: int, head_depth: int, he
         "diffloss_d": head_depth,
         "diffloss_w": head_width,
     }
-    return Preset(architecture, cfg, checkpoint=ROOT / "mar" / name / "checkpoint-last.pth")
+
+
+def _mar(name: str, *sizes: int, cfg: float) -> Preset:
+    """Describe a model of the MAR paper."""
+    return Preset(_architecture(*sizes), cfg, checkpoint=ROOT / "mar" / name / "checkpoint-last.pth")
+
+
+def _emigm(size: str, *sizes: int) -> Preset:
+    """Describe a model of 256 pixels of eMIGM (arXiv 2503.07197; sizes and settings are from its code)."""
+    return Preset(
+        {**_architecture(*sizes), "one_fake_token": True},
+        cfg=4.0,
+        cfg_schedule="constant",
+        checkpoint=ROOT / "emigm" / "256_model" / f"eMIGM_{size}_256_checkpoint.pth",
+    )
+
+
+def _emigm_512(size: str, *sizes: int) -> Preset:
+    """Describe a model of 512 pixels of eMIGM: as many tokens as at 256 pixels, by an autoencoder of stride 32."""
+    preset = _emigm(size, *sizes)
+    return replace(
+        preset,
+        architecture={**preset.architecture, "img_size": 512, "vae_stride": 32, "vae_embed_dim": 32},
+        checkpoint=ROOT / "emigm" / "512_model" / f"eMIGM_{size}_512_checkpoint.pth",
+        vae_class=deep_compression_autoencoder,
+        vae_path=ROOT / "vae" / "dc_ae" / "diffusion_pytorch_model.safetensors",
+        latent_scale=0.3189,
+        statistics_path=ROOT / "fid_stats" / "fid_stats_imagenet512_guided_diffusion.npz",
+    )
 
 
 PRESETS = {
-    "mar_base": _official("mar_base", 768, 12, 12, 6, 1024, cfg=2.9),
-    "mar_large": _official("mar_large", 1024, 16, 16, 8, 1280, cfg=3.0),
-    "mar_huge": _official("mar_huge", 1280, 20, 16, 12, 1536, cfg=3.25),
+    # width, blocks and heads of encoder and decoder each; blocks and width of the head
+    "mar_base": _mar("mar_base", 768, 12, 12, 6, 1024, cfg=2.9),
+    "mar_large": _mar("mar_large", 1024, 16, 16, 8, 1280, cfg=3.0),
+    "mar_huge": _mar("mar_huge", 1280, 20, 16, 12, 1536, cfg=3.25),
+    "emigm_xsmall": _emigm("xsmall", 448, 10, 8, 3, 1024),
+    "emigm_small": _emigm("small", 512, 12, 8, 3, 1024),
+    "emigm_base": _emigm("base", 768, 12, 12, 6, 1024),
+    "emigm_large": _emigm("large", 1024, 16, 16, 8, 1280),
+    "emigm_huge": _emigm("huge", 1280, 20, 16, 12, 1536),
+    "emigm_xsmall_512": _emigm_512("xsmall", 448, 10, 8, 6, 1280),
+    "emigm_small_512": _emigm_512("small", 512, 12, 8, 6, 1280),
+    "emigm_base_512": _emigm_512("base", 768, 12, 12, 8, 1280),
+    "emigm_large_512": _emigm_512("large", 1024, 16, 16, 8, 1280),
     # Fashion-MNIST in the paper's token geometry, trained by train.py and shipped.
     "mar_tiny": Preset(
         architecture={
@@ -94,3 +139,6 @@ PRESETS = {
         features="fashion",
     ),
 }
+
+# The models of the MAR paper, and ours: what is trained and reproduced here.
+MAR_MODELS = tuple(name for name in PRESETS if name.startswith("mar_"))

@@ -5,8 +5,10 @@ The defaults are those of KL-16, whose latents MAR was trained on. Parameters ar
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,43 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Return images [B, in_channels, h * stride, w * stride] in about [-1, 1] of latents [B, embed_dim, h, w]."""
         return self.decoder(self.post_quant_conv(z))
+
+
+def deep_compression_autoencoder() -> nn.Module:
+    """Return DC-AE f32c32 as trained on ImageNet (arXiv 2410.10733), with the parameter names of diffusers.
+
+    `decode` returns images [B, 3, 32 h, 32 w] in about [-1, 1] of latents [B, 32, h, w]; `encode` is the library's own.
+    The fields are those of `mit-han-lab/dc-ae-f32c32-in-1.0-diffusers`.
+
+    Raises ValueError if the package diffusers is not installed.
+    """
+    check_diffusers()
+    from diffusers import AutoencoderDC
+
+    block_types = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    vae: Any = AutoencoderDC(
+        latent_channels=32,
+        encoder_block_types=block_types,
+        decoder_block_types=block_types,
+        encoder_layers_per_block=(0, 4, 8, 2, 2, 2),
+        decoder_layers_per_block=(0, 5, 10, 2, 2, 2),
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3,
+        decoder_act_fns=("relu",) * 3 + ("silu",) * 3,
+    )
+    decode = vae.decode
+    vae.embed_dim, vae.decode = 32, lambda z: decode(z, return_dict=False)[0]
+    return vae
+
+
+def check_diffusers() -> None:
+    """Raise ValueError if the package diffusers, which models of 512 pixels need, is not installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        raise ValueError(
+            "model of 512 pixels needs the package diffusers: install it with `pip install diffusers`, or take a model "
+            "of 256 pixels"
+        )
 
 
 def for_inference(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:

@@ -7,13 +7,14 @@ of settings: orders, attention, caches, schedules and denoising are written out 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import MAR, AnnealedSteps, CachePolicy, Method
+from models import MAR, AnnealedSteps, CachePolicy, Method, SolverSteps
 
 Rows = list[int]  # numbers of rows; of a sequence, the buffer's come first
 Steps = list[list[int]]  # of each step, the token positions it predicts, ascending
@@ -53,6 +54,16 @@ def by_stages(order: list[int], num_iter: tuple[int, ...]) -> Steps:
     return steps
 
 
+def exp_counts(seq_len: int, num_iter: int) -> list[int]:
+    """eMIGM's tokens of each step, as many as are expected, at least one."""
+    counts = []
+    for step in range(num_iter):
+        time = 1 - (1 - 1e-5) * (step + 1) / num_iter
+        left = round(seq_len * (1 - math.exp(-5 * time)) / (1 - math.exp(-5))) if step < num_iter - 1 else 0
+        counts.append(max(1, seq_len - sum(counts) - left))
+    return counts
+
+
 def guidance(cfg: float, cfg_schedule: str, masked_after: int, seq_len: int, unguided_below: float) -> float:
     """The CFG scale of a step; 1 where it would be below `unguided_below`."""
     if cfg_schedule == "linear":
@@ -80,19 +91,20 @@ def annealed(steps: int | AnnealedSteps, step: int, num_iter: int, num_generatin
     return steps.lower + int((last - step) / last * fall)
 
 
-def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> bool:
-    """Whether everything is computed; with several stages the policy's steps are those of 64, and rounded up.
+def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...], of_64: bool = False) -> bool:
+    """Whether everything is computed; with several stages, or `of_64`, the policy's steps are of 64, and rounded up.
 
     A start step below 1 is a fraction of all steps. Alternation stays alternation, however few the steps are.
     """
     if policy.refresh_steps is not None:
         return step == 0 or step in policy.refresh_steps
     start, interval = policy.start_step, policy.refresh_interval
+    of_64 = of_64 or len(stage_steps) > 1
     if 0 < start < 1:
         start = next(count for count in range(sum(stage_steps) + 1) if count / sum(stage_steps) >= start)
-    elif len(stage_steps) > 1:
+    elif of_64:
         start = -(-start * sum(stage_steps) // 64)
-    if len(stage_steps) > 1 and interval > 1:
+    if of_64 and interval > 1:
         interval = max(2, -(-interval * sum(stage_steps) // 64))
     stage_starts = [sum(stage_steps[:stage]) for stage in range(len(stage_steps))]
     if step in stage_starts or step < start or interval == 1:
@@ -131,7 +143,7 @@ class Half:
         def unknown(width: int) -> torch.Tensor:
             return torch.full((model.buffer_size + model.seq_len, width), torch.nan).double()
 
-        encoder_dim, decoder_dim = model.fake_latent.shape[1], model.mask_token.shape[2]
+        encoder_dim, decoder_dim = model.fake_latent.shape[1], model.mask_token.shape[-1]
         self.encoder_cache = [(unknown(encoder_dim), unknown(encoder_dim)) for _ in model.encoder_blocks]
         self.decoder_cache = [(unknown(decoder_dim), unknown(decoder_dim)) for _ in model.decoder_blocks]
         self.decoder_input = unknown(decoder_dim)
@@ -217,11 +229,84 @@ class Schedule:
         return mean + torch.exp(log_variance / 2) * noise
 
 
+class Times:
+    """The noise schedule between timesteps of training, for a solver; lower ones are cut off, the rest stretched."""
+
+    def __init__(self, lowest: float) -> None:
+        alpha_bars = Schedule(1000).alpha_bars
+        self.log_alphas = [math.log(a) / 2 for a in alpha_bars if math.log(a / (1 - a)) / 2 >= lowest]
+        self.stride = 1000 / len(self.log_alphas)
+        self.last = 1000 - self.stride
+
+    def alpha_sigma_lambda(self, timestep: float) -> tuple[float, float, float]:
+        i = min(int(timestep / self.stride), len(self.log_alphas) - 2)
+        fraction = timestep / self.stride - i
+        alpha = math.exp((1 - fraction) * self.log_alphas[i] + fraction * self.log_alphas[i + 1])
+        return alpha, math.sqrt(1 - alpha**2), math.log(alpha**2 / (1 - alpha**2)) / 2
+
+    def grid(self, first: float, last: float, count: int) -> list[float]:
+        """`count` timesteps from `first` on, and `last`, uniform in lambda; by bisection."""
+        (_, _, start), (_, _, stop) = self.alpha_sigma_lambda(first), self.alpha_sigma_lambda(last)
+        found = []
+        for step in range(1, count):
+            low, high = last, first
+            for _ in range(80):
+                middle = (low + high) / 2
+                is_later = self.alpha_sigma_lambda(middle)[2] > start + (stop - start) * step / count
+                low, high = (middle, high) if is_later else (low, middle)
+            found.append(low)
+        return [float(first), *found, float(last)]
+
+
+def solve(predict, x: torch.Tensor, steps: SolverSteps) -> torch.Tensor:
+    """DPM-Solver++ from noise x [n, C]; `predict(x, timestep)` is the guided eps."""
+    times = Times(-math.inf if steps.rule == "multistep" else -5.1)
+
+    def data(x: torch.Tensor, timestep: float) -> torch.Tensor:
+        alpha, sigma, _ = times.alpha_sigma_lambda(timestep)
+        return (x - sigma * predict(x, timestep)) / alpha
+
+    def move(x: torch.Tensor, s: float, t: float, start: torch.Tensor, other=None, at=None, exact=False):
+        """From s to t, given the data predicted at s and at another timestep; linear in lambda between."""
+        (_, sigma_s, lambda_s), (alpha, sigma, lambda_t) = times.alpha_sigma_lambda(s), times.alpha_sigma_lambda(t)
+        h = lambda_t - lambda_s
+        x = sigma / sigma_s * x + alpha * (1 - math.exp(-h)) * start
+        if other is None:
+            return x
+        slope = (other - start) / (times.alpha_sigma_lambda(at)[2] - lambda_s)
+        return x + alpha * slope * (h - (1 - math.exp(-h)) if exact else h / 2 * (1 - math.exp(-h)))
+
+    if steps.rule == "multistep":
+        before = s_before = None
+        for s, t in itertools.pairwise(times.grid(950, 0, steps.evaluations)):
+            now = data(x, s)
+            x, before, s_before = move(x, s, t, now, before, s_before), now, s
+        return x
+    orders, left = [], steps.evaluations
+    while left:
+        orders.append(3 if left > 3 else min(left, 2))
+        left -= orders[-1]
+    outer = times.grid(times.last, 0, len(orders))
+    for order, s, t in zip(orders, outer, outer[1:]):
+        start, later, other, at = data(x, s), times.grid(s, t, order)[1:-1], None, None
+        for middle in later:
+            other = data(move(x, s, middle, start, other, at, exact=True), middle)
+            at = middle
+        x = move(x, s, t, start, other, at, exact=order == 3)
+    return x
+
+
 @functools.cache
-def sinusoids(timestep: int) -> torch.Tensor:
-    """128 cosines and 128 sines of float32 angles, each rounded to float32 from a result of higher precision."""
+def sinusoids(timestep: float) -> torch.Tensor:
+    """128 cosines and 128 sines of float32 angles, each rounded to float32 from a result of higher precision.
+
+    Those of a timestep that is no whole number are not rounded, and neither are their angles.
+    """
     exponents = np.float32(-math.log(10000)) * np.arange(128, dtype=np.float32) / np.float32(128)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    if isinstance(timestep, float):
+        angles = timestep * frequencies.astype(np.float64)
+        return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)]))
     angles = (np.float32(timestep) * frequencies).astype(np.float64)
     return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)).double()
 
@@ -274,6 +359,16 @@ def detailed_ones(conditions: torch.Tensor, share: float) -> list[int]:
 
 def denoise(net, z_cond, z_uncond, noise, schedule: Schedule, cfg: float, temperature: float, policy) -> torch.Tensor:
     """Tokens [n, C] sampled for conditions [n, D], by noise [S + 1, n, C], with guidance if `cfg` is above 1."""
+    if isinstance(schedule, SolverSteps):
+
+        def predict(x: torch.Tensor, timestep: float) -> torch.Tensor:
+            eps = HeadHalf(net, z_cond)(x, timestep, True, False, ())[0]
+            if cfg == 1:
+                return eps
+            unguided = HeadHalf(net, z_uncond)(x, timestep, True, False, ())[0]
+            return unguided + cfg * (eps - unguided)
+
+        return solve(predict, temperature * noise[0], schedule)
     num_steps = len(schedule.timesteps)
     cond, uncond = HeadHalf(net, z_cond), HeadHalf(net, z_uncond)
     x = noise[0]
@@ -346,36 +441,56 @@ def sample_tokens(
     last_stage = sum(stage_steps[:-1])
     steps: list[Steps] = []
     for order in noise.orders.tolist():
-        in_one_stage = in_random_order(order, stage_steps[0], tokens_per_step)
+        counts = (
+            exp_counts(seq_len, stage_steps[0])
+            if method.token_schedule == "exp"
+            else method.tokens_per_step or tokens_per_step
+        )
+        in_one_stage = in_random_order(order, stage_steps[0], counts)
         steps.append(in_one_stage if method.num_stages == 1 else by_stages(order, stage_steps))
     num_iter = len(steps[0])
     ranking = [rankings(of_image, num_iter, num_rows, seq_len) for of_image in steps]
 
+    solver = method.num_sampling_steps if isinstance(method.num_sampling_steps, SolverSteps) else None
     first_timestep = 950 if isinstance(method.num_sampling_steps, AnnealedSteps) else 999
     tokens = torch.zeros(len(class_labels), seq_len, model.token_dim).double()
+    both, since_refresh = [], 0
+    for step in range(num_iter if cache and cfg != 1 else 0):
+        refresh = is_refresh(cache, step, stage_steps, method.token_schedule == "exp")
+        since_refresh = 0 if refresh else since_refresh + 1
+        if refresh or (cache.condition_interval and since_refresh % cache.condition_interval == 0):
+            both.append(step)
     for step in range(num_iter):
-        refresh = cache is None or is_refresh(cache, step, stage_steps)
+        refresh = cache is None or is_refresh(cache, step, stage_steps, method.token_schedule == "exp")
         policy = None if refresh or not cache.token_cache else cache
+        extra = step in both and not refresh and cache.condition_cache  # a lazy step with both branches
+        first_new = max((past for past in both if past < step), default=0) if extra else max(step - 1, 0)
+        end = min((later for later in both if later > step), default=num_iter) if extra else step + 1
         num_predicted = len(steps[0][step])
         masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
         if isinstance(cfg, list):
             scale = cfg[step]
         else:
             scale = guidance(cfg, cfg_schedule, masked_after, seq_len, method.unguided_below)
-        count = annealed(method.num_sampling_steps, step, num_iter, last_stage)
+        time_after = 1 - (1 - 1e-5) * (step + 1) / num_iter
+        lowest, highest = method.guidance_interval or (0, 1)
+        if not lowest < time_after <= highest:
+            scale = 1.0
+        count = solver.evaluations if solver else annealed(method.num_sampling_steps, step, num_iter, last_stage)
         if not refresh and method.lazy_sampling_steps is not None:
             count = min(count, method.lazy_sampling_steps)
         drawn = noise.draw(step, num_predicted).double()
 
         for image, of_image in enumerate(steps):
             predicted = [[model.buffer_size + position for position in past] for past in of_image[: step + 1]]
-            now, previous = predicted[-1], predicted[-2] if step else []
+            now, previous = predicted[-1], [row for past in predicted[first_new:-1] for row in past]
+            needed = [model.buffer_size + position for later in of_image[step:end] for position in later]
             known = sorted(row for past in predicted[:-1] for row in past)
-            num_kept = kept_rows(cache, step, num_iter, num_rows, len(now) + len(previous)) if policy else num_rows
+            num_kept = kept_rows(cache, step, num_iter, num_rows, len(needed) + len(previous)) if policy else num_rows
             chance = ranking[image][step] if policy and policy.selection == "random" else None
-            arguments = (tokens[image], known, previous, now, policy, num_kept, chance)
+            arguments = (tokens[image], known, previous, needed, policy, num_kept, chance)
             h_cond = h_uncond = cond[image].run(*arguments)
-            if cfg != 1 and (refresh or not cache.condition_cache):
+            if cfg != 1 and (refresh or extra or not cache.condition_cache):
                 h_uncond = uncond[image].run(*arguments)
                 stored_difference[image] = h_uncond - h_cond
             elif cfg != 1:
@@ -384,13 +499,14 @@ def sample_tokens(
             z_cond, z_uncond = (model.decoder_norm(h[now]) + position_embedding for h in (h_cond, h_uncond))
 
             chosen, most = [], count
-            if method.detailed_tokens is not None and step >= last_stage:
+            if method.detailed_tokens is not None and step >= last_stage and not solver:
                 chosen = detailed_ones(z_cond, method.detailed_tokens.share)
                 most = max(count, method.detailed_tokens.num_sampling_steps)
             others = [token for token in range(num_predicted) if token not in chosen]
             for part, num_steps in (chosen, most), (others, count):
                 if part:
-                    conditions, schedule = (z_cond[part], z_uncond[part]), Schedule(num_steps, first_timestep)
+                    conditions = z_cond[part], z_uncond[part]
+                    schedule = SolverSteps(num_steps, solver.rule) if solver else Schedule(num_steps, first_timestep)
                     draws, places = drawn[:, image, part], [of_image[step][token] for token in part]
                     made = denoise(model.diffloss.net, *conditions, draws, schedule, scale, temperature, cache)
                     tokens[image, places] = made

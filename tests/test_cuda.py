@@ -24,7 +24,7 @@ from util.extractors import FEATURES_DIMS, Extractor
 from util.images import decode, map_images, to_uint8
 
 GPU = torch.device("cuda", 0)
-# As few steps and blocks as have each of their kinds: refreshes, and lazy steps that prune rows; full, warm-up and reuse.
+# As few steps as have each of their kinds: refreshes, lazy steps that prune rows; full, warm-up and reuse steps.
 FEW_BLOCKS = {**FIELDS, "encoder_depth": 1, "diffloss_d": 3, "decoder_embed_dim": 48}
 FEW_STEPS = {"start_step": 1, "refresh_interval": 3, "head_warmup": 0.5}
 FEW = {

@@ -10,7 +10,7 @@ from tools import FIELDS, SHORT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import MAR, METHODS, CachePolicy, ImageNoise, count_flops, create_model, sample_tokens
+from models import MAR, METHODS, CachePolicy, ImageNoise, SolverSteps, count_flops, create_model, sample_tokens
 
 # Each with and without guidance would be slow: PyTorch's counter is.
 LAZY = CachePolicy(start_step=1, head_warmup=0.5)
@@ -21,6 +21,8 @@ RUNS = {
     "no token cache": {"cache": replace(LAZY, token_cache=False)},
     "other caches off": {"cache": replace(LAZY, prune_layer=0, condition_cache=False, head_cache=False)},
     "lazy by stages with late guidance": {**SHORT["gtr"], "cache": LAZY, "unguided_below": 1.6},
+    "lazy with a solver": {"cache": LAZY, "num_sampling_steps": SolverSteps(5), "guidance_interval": (0.2, 0.6)},
+    "both branches at some lazy steps": {"cache": replace(LAZY, condition_interval=2), "num_iter": 8},
     "shorter chains at lazy steps": {"cache": replace(METHODS["recap"].cache, start_step=2), "lazy_sampling_steps": 6},
 }
 

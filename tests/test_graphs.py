@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import Sampler
+from models import Sampler, SolverSteps
 from models.lazymar.caches import KeyValueCache
 from models.lazymar.graphs import CapturedFunction, CaptureError, CudaCapture
 from models.lazymar.transformer import Transformer
@@ -85,6 +85,8 @@ RUNS = [
     ("lazymar", {"selection": "random"}),
     ("lazymar", {"prune_layer": 0, "condition_cache": False}),
     ("lazymar", {"token_cache": False}),
+    ("lazymar", {"condition_interval": 2}),
+    ("lazymar+gtr+lateguidance", {"num_sampling_steps": SolverSteps(5)}),
     ("gtr", {}),
     ("lazymar+gtr+lateguidance", {"condition_cache": False}),
     ("disa+recap+lateguidance", {}),

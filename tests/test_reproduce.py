@@ -22,6 +22,7 @@ from ranks import CONTEXT, free_port
 
 import reproduce as program
 from models import PRESETS, CachePolicy, create_model, find_method, make_plan, mar_schedule
+from models.presets import MAR_MODELS
 from util.condition_errors import make_teacher
 from util.errors import InputError
 from util.folder import open_finished
@@ -183,7 +184,7 @@ def test_a_dry_run_shows_costs_beside_the_papers_within_one_gigabyte(tmp_path):
     assert not list(tmp_path.iterdir())
     assert int(re.search(r"VmHWM:\s+(\d+) kB", printed)[1]) < 1e6
     tables = dict(re.findall(r"^(mar_\w+): .*\n((?:.+\n)+)", printed, flags=re.MULTILINE))
-    assert set(tables) == set(PRESETS)
+    assert set(tables) == set(MAR_MODELS)
     assert "943 M" in printed and "16 runs in all" in printed
     huge = next(line.split() for line in tables["mar_huge"].splitlines() if line.startswith("lazymar "))
     assert huge[1:5] == ["12", "52", "320-27", "6,400"], "the plan"

@@ -1,4 +1,4 @@
-"""Fetch the public weights and reference statistics: `python -m util.download mar_base vae statistics`.
+"""Fetch the public weights and reference statistics: `python -m util.download mar_base vae statistics`, or emigm_base.
 
 A download that was cut off continues where it stopped, and a file appears under its own name only when it is whole.
 """
@@ -14,10 +14,11 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from util.cli import Parser
-from util.errors import InputError, exits_cleanly
+from util.errors import InputError, exits_cleanly, why_unreadable
 from util.files import file_digest
 
 OUTPUT_DIR = Path("pretrained_models")  # where the presets look
@@ -33,6 +34,17 @@ class RemoteFile:
     url: str
     path: str  # below the folder of pretrained models
     size: float  # bytes, roughly: a file of less than half of it is something else
+    repository: str = ""  # at Hugging Face, whose library downloads it
+    name: str = ""  # in the repository
+
+
+def _hub(folder: str, repository: str, name: str) -> RemoteFile:
+    url = f"https://huggingface.co/{repository}/resolve/main/{name}"
+    return RemoteFile(url, f"{folder}/{name}", size=0, repository=repository, name=name)
+
+
+def _emigm(size: str, pixels: int) -> RemoteFile:
+    return _hub("emigm", "GSAI-ML/eMIGM", f"{pixels}_model/eMIGM_{size}_{pixels}_checkpoint.pth")
 
 
 def _dropbox(folder: str, size: float, link: str, key: str, name: str = "checkpoint-last.pth") -> RemoteFile:
@@ -50,6 +62,9 @@ FILES = {
         "fid_stats/adm_in256_stats.npz",
         16.8e6,
     ),
+    **{f"emigm_{size}": _emigm(size, 256) for size in ("xsmall", "small", "base", "large", "huge")},
+    **{f"emigm_{size}_512": _emigm(size, 512) for size in ("xsmall", "small", "base", "large")},
+    "dc_ae": _hub("vae/dc_ae", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "diffusion_pytorch_model.safetensors"),
 }
 
 
@@ -75,6 +90,9 @@ def download(remote: RemoteFile, path: Path) -> bool:
 
     Raises InputError if the file cannot be fetched or written, or if the server sends something else.
     """
+    if remote.repository and not path.exists():
+        _fetch_from_hub(remote, path)
+        return True
     part, waits = path.with_name(path.name + ".part"), list(RETRY_WAITS)
     while not path.exists():
         size = _size(part)
@@ -141,6 +159,17 @@ def _size(path: Path) -> int:
 
 def _amount(size: float) -> str:
     return tqdm.format_sizeof(size, suffix="B")
+
+
+def _fetch_from_hub(remote: RemoteFile, path: Path) -> None:
+    """Fetch a file of Hugging Face; its library continues and checks it. Raises InputError if that fails."""
+    try:
+        hf_hub_download(remote.repository, remote.name, local_dir=path.parents[remote.name.count("/")])
+    except Exception as error:  # of the library, its HTTP client or the disk
+        raise InputError(
+            f"cannot fetch {path} from {remote.url} ({why_unreadable(error)}); check the network and the disk, and run "
+            "the same command again, which continues from there"
+        ) from error
 
 
 @exits_cleanly

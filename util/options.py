@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 import models
+from diffusion.solver import SolverSteps
 from models import MAR, METHODS, PRESETS, AnnealedSteps, CachePolicy, DetailedTokens, Method, Plan, Preset, find_method
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.sampler import SAMPLER_VERSION
 from models.lazymar.schedule import CFG_SCHEDULES
 from models.lazymar.selection import RULES
+from models.methods import TOKEN_SCHEDULES
 from util.cli import Parser, number, numbers
 from util.errors import InputError
 from util.folder import labels_of
@@ -122,6 +124,7 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
     complete = {
         "class_num": class_num,
         "num_images": num_images,
+        "cfg_schedule": args.cfg_schedule or preset.cfg_schedule,
         "method_name": _method_name(args),
         "method": method_from_flags(args),
         "resume": args.resume or preset.checkpoint,
@@ -149,7 +152,8 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
 def _folder_name(options: Options, scales: Sequence[float], seeds: Sequence[int]) -> str:
     """The default name of a run's folder, such as mar_huge-lazy-iter64-cfg3.25-50000."""
     method = {"mar": "", "lazymar": "-lazy"}.get(options.method_name, "-" + options.method_name.replace("+", "-"))
-    num_iter = _written(options.method.num_iter).replace(",", "-")
+    tokens_per_step = options.method.tokens_per_step
+    num_iter = _written(len(tokens_per_step) if tokens_per_step else options.method.num_iter).replace(",", "-")
     cfg = "-".join(f"{scale:g}" for scale in scales)
     name = f"{options.model}{method}-iter{num_iter}-cfg{cfg}-{options.num_images}"
     if options.class_labels is not None:
@@ -158,8 +162,9 @@ def _folder_name(options: Options, scales: Sequence[float], seeds: Sequence[int]
 
 
 def _check_method(options: Options) -> None:
-    """Raise InputError, naming the flag, for a method that does not fit the model."""
+    """Raise InputError, naming the flag, for a method that does not fit the model, and for a missing package."""
     try:
+        options.preset.check_packages()
         policy = options.plan.policy
     except ValueError as error:
         raise InputError(f"--{error}") from None
@@ -185,8 +190,10 @@ def _parser(description: str | None) -> Parser:
     add("--eval_bsz", type=number(int, 1), default=128, metavar="N", help="batch size: images sampled together")
     add("--cfg", type=numbers(float, 1), metavar="SCALE,...",
         help="scale of classifier-free guidance, 1 is none; several make a run each (default: the model's)")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="how the scale grows with the known tokens")
-    add("--temperature", type=number(float, 0), default=1.0, metavar="X", help="scale of the diffusion head's noise")
+    add("--cfg_schedule", choices=CFG_SCHEDULES,
+        help="how the scale grows with the known tokens (default: the model's)")
+    add("--temperature", type=number(float, 0), default=1.0, metavar="X",
+        help="scale of the diffusion head's noise; with a solver, of its initial noise")
     add("--seed", type=numbers(int, 0), default=(0,), metavar="SEED,...",
         help="seed of all random numbers; several make a run each (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
@@ -220,9 +227,15 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="stages of the order of prediction; 1 is a random order, more halve a checkerboard (default: 1)")
     add("--num_iter", type=_steps_of_stages, metavar="N,...",
         help="autoregressive steps; with several stages a number for each, e.g. 24,6,2 (default: 64)")
-    add("--num_sampling_steps", type=_denoising_steps, metavar="N or UPPER:LOWER:SCHEDULE",
+    add("--tokens_per_step", type=numbers(int, 1), metavar="N,...",
+        help="tokens of each autoregressive step, in place of --num_iter and --token_schedule")
+    add("--token_schedule", choices=TOKEN_SCHEDULES, help="how many tokens the steps predict (default: cosine)")
+    add("--num_sampling_steps", type=_denoising_steps, metavar="N or UPPER:LOWER:SCHEDULE or solver:N",
         help="denoising steps of the head; 50:5:linear falls from 50 to 5, other schedules are cosine, two-stage, "
-             "constant and generation (default: 100)")
+             "constant and generation; solver:8 is a few-step solver with 8 evaluations of the head, and "
+             "solver:8:singlestep is eMIGM's (default: 100)")
+    add("--guidance_interval", type=_interval, metavar="T_MIN:T_MAX or none",
+        help="guide only the steps that end in this interval of time, which falls from 1 to 0, e.g. 0.1:0.3")
     add("--detailed_tokens", type=_detailed_tokens, metavar="SHARE:N or none",
         help="share of the last stage's tokens that take more denoising steps, and how many, e.g. 0.1:50")
     add("--unguided_below", type=number(float, 1), metavar="SCALE", help="lowest CFG scale with guidance (default: 1)")
@@ -233,7 +246,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--start_step", type=_steps_or_fraction, metavar="N or FRACTION",
         help="steps before this one are refresh steps; below 1: a fraction of all steps (default: 5)")
     add("--refresh_interval", type=number(int, 1), metavar="N",
-        help="from then on, one step in this many is a refresh step; of 64 if the order has stages (default: 9)")
+        help="from then on, one step in this many is a refresh step; of 64 if the order has stages or "
+             "--token_schedule is exp (default: 9)")
     add("--refresh_steps", type=numbers(int, 0), metavar="STEP,...", help="the refresh steps, in place of these two")
     add("--prune_layer", type=number(int, 0), metavar="N",
         help="decoder block after whose attention only the least similar rows are recomputed (default: 3)")
@@ -252,7 +266,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="every so many steps after a refresh step, both branches are computed (default: at refresh steps only)")
     add("--token_cache", action=BooleanOptionalAction, help="reuse the features of most tokens (default: on)")
     add("--condition_cache", action=BooleanOptionalAction, help="reuse the branches' difference (default: on)")
-    add("--head_cache", action=BooleanOptionalAction, help="reuse the head's features between steps (default: on)")
+    add("--head_cache", action=BooleanOptionalAction,
+        help="reuse the head's features between steps, except with a solver (default: on)")
 # fmt: on
 
 
@@ -266,7 +281,7 @@ def method_from_flags(args: argparse.Namespace) -> Method:
         for kind in (Method, CachePolicy)
     )
     try:
-        method = find_method(_method_name(args))
+        method = find_method(_method_name(args), getattr(args, "model", ""), getattr(args, "num_iter", None))
         if args.lazy_mar and method.cache != METHODS["lazymar"].cache:
             raise InputError(f"--lazy_mar means --method lazymar, not --method {args.method}: leave one of them out")
         if policy:
@@ -288,8 +303,11 @@ def record_method(method: Method) -> dict[str, Any]:
     cache = vars(method.cache) if method.cache else {}
     settings = {"lazy_mar": method.cache is not None, **vars(method), **cache}
     settings.pop("cache")
-    parsed = (AnnealedSteps, DetailedTokens)
-    return {name: str(value) if isinstance(value, parsed) else value for name, value in settings.items()}
+    parsed = (AnnealedSteps, DetailedTokens, SolverSteps)
+    settings = {name: str(value) if isinstance(value, parsed) else value for name, value in settings.items()}
+    if method.guidance_interval is not None:
+        settings["guidance_interval"] = "{:g}:{:g}".format(*method.guidance_interval)
+    return settings
 
 
 def describe_method(name: str, method: Method) -> str:
@@ -310,9 +328,14 @@ def _steps_of_stages(text: str) -> int | tuple[int, ...]:
     return tuple(map(int, text.split(","))) if "," in text else int(text)
 
 
-def _denoising_steps(text: str) -> int | AnnealedSteps:
+def _denoising_steps(text: str) -> int | AnnealedSteps | SolverSteps:
     if ":" not in text:
         return int(text)
+    if text.startswith("solver:"):
+        evaluations, *rule = text.removeprefix("solver:").split(":", 1)
+        if not evaluations.isdecimal():
+            raise ArgumentTypeError(f"must have a number of evaluations, such as solver:8, not {text}")
+        return _made(SolverSteps, int(evaluations), *rule)
     upper, lower, *schedule = text.split(":", 2)
     return _made(AnnealedSteps, int(upper), int(lower), *schedule)
 
@@ -322,6 +345,16 @@ def _detailed_tokens(text: str) -> DetailedTokens | None:
         return None
     share, steps = text.split(":")
     return _made(DetailedTokens, float(share), int(steps))
+
+
+def _interval(text: str) -> tuple[float, float] | None:
+    if text.lower() == "none":
+        return None
+    try:
+        t_min, t_max = map(float, text.split(":"))
+    except ValueError:
+        raise ArgumentTypeError(f"must be two times such as 0.1:0.3, or none, not {text}") from None
+    return t_min, t_max
 
 
 def _made(kind: Callable[..., Any], *values: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from models import PRESETS, CachePolicy, find_method
+from models import CachePolicy, find_method
 from models.lazymar.selection import RULES
+from models.presets import MAR_MODELS
 from util.errors import InputError
 from util.options import Options, parse_options
 
@@ -71,7 +72,8 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.table = {(model, name): self.options(model, name) for model in PRESETS for name in TABLE_METHODS}
+        models = dict.fromkeys([*MAR_MODELS, *args.models])
+        self.table = {(model, name): self.options(model, name) for model in models for name in TABLE_METHODS}
         self.methods = {name: self.options(SMALL_MODEL, name) for name in args.method}
         self.ablations = {name: ABLATIONS[name] for name in args.ablations}
         for name, group in self.ablations.items():

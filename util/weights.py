@@ -70,7 +70,7 @@ def load_model(
         overrides:   constructor fields of `MAR` that replace the preset's, such as `class_num`.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its VAE needs a package that is not installed.
         InputError: a file is missing or damaged, or its weights are another network's.
     """
     with torch.device("meta"):
@@ -256,7 +256,8 @@ def _check_fit(path: Path, what: str, expected: Mapping[str, torch.Tensor], tens
     faults = [f"{verb} {_listed(names)}" for verb, names in verbs.items() if names]
     if faults:
         found = _identify(tensors)
-        verdict = f"is a {found} checkpoint, not {what}" if found and found != what else f"does not fit {what}"
+        article = "an" if found and found[0] in "aeiou" else "a"
+        verdict = f"is {article} {found} checkpoint, not {what}" if found and found != what else f"does not fit {what}"
         way_out = "name the file and the model that belong together"
         if misshapen == ["class_emb.weight"] and len(faults) == 1:
             way_out = f"give --class_num {len(tensors['class_emb.weight'])} if it has that many classes"
@@ -272,9 +273,16 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _identify(tensors: Mapping[str, Any]) -> str | None:
-    """Name the preset that weights are for, by the width of the class embedding; None if none is."""
-    width = getattr(tensors.get("class_emb.weight"), "shape", (0,))[-1:]
-    return next((name for name, p in PRESETS.items() if (p.architecture["encoder_embed_dim"],) == tuple(width)), None)
+    """Name the preset that weights are for, by widths and by the shape of the mask token; None if none is."""
+    names = ("class_emb.weight", "z_proj.weight", "mask_token")
+    shapes = [tuple(getattr(tensors.get(name), "shape", ())) for name in names]
+    width, token_dim, one_fake_token = shapes[0][-1:], shapes[1][-1:], len(shapes[2]) == 2
+    for name, preset in PRESETS.items():
+        fields = {"vae_embed_dim": 16, "one_fake_token": False, **preset.architecture}
+        wanted = (fields["encoder_embed_dim"],), (fields["vae_embed_dim"],), fields["one_fake_token"]
+        if wanted == (width, token_dim, one_fake_token):
+            return name
+    return None
 
 
 def _is_plain(value: object, expected: torch.Tensor) -> bool:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.ancestral import denoise
-from diffusion.schedule import NoiseSchedule
+from diffusion.ancestral import Ancestral
+from diffusion.solver import Solver
 from models.diffloss import DiffusionHead, modulate
 from models.lazymar.plan import DenoisingStep, HeadPlan
 from models.linear import Linear
@@ -42,15 +42,13 @@ class HeadSampler:
     """
 
     def __init__(self, head: DiffusionHead, plan: HeadPlan, temperature: float, dtype: torch.dtype) -> None:
-        self.head, self.plan, self.temperature = head, plan, temperature
+        self.head, self.plan = head, plan
         by_skipping = groupby(range(len(head.res_blocks)), key=lambda number: number in plan.skipped_blocks)
         self.block_groups = [(skipped, list(numbers)) for skipped, numbers in by_skipping]
 
-        schedule = NoiseSchedule.of(plan.timesteps[::-1])
-        columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
-        coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4], in order of use
-        self.coefficients = [row.unbind() for row in coefficients.to(head.input_proj.weight.device, dtype)]
-        times = head.time_embed(torch.tensor(plan.timesteps))  # [S, W]
+        given = temperature, head.input_proj.weight.device, dtype
+        self.rule = Solver(plan.solver, *given) if plan.solver else Ancestral(plan.timesteps, *given)
+        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; of int64, or float64 by a solver
         kinds = set(plan.steps)
         self.times = {
             kind: torch.stack([time for time, its_kind in zip(times, plan.steps) if its_kind is kind]) for kind in kinds
@@ -77,16 +75,16 @@ class HeadSampler:
         """Return tokens [n, C] for `conditions` [n, D], or [2n, D] with guidance, the conditional branch first.
 
         Args:
-            noise:    [S + 1, n, C]: where denoising starts, then a draw for each step.
+            noise:    [D, n, C], the plan's `num_draws`: where denoising starts, then a draw for each ancestral step.
             guidance: [] the CFG scale - 1.
         """
-        x, cache = noise[0], HeadCache()
+        cache = HeadCache()
+        x, advance = self.rule.begin(noise)
         embedded = self.head.cond_embed(conditions)
         modulations = {
             kind: Modulations(layers, self.times[kind], embedded if kind is FULL else embedded[: len(x)])
             for kind, layers in self.modulation_layers.items()
         }
-        steps = iter(zip(self.coefficients, [*noise[1:-1], None]))
         position = dict.fromkeys(self.times, 0)  # denoising steps of each kind so far
         for kind, count in self.plan.groups:
             for *of_blocks, of_output in modulations[kind].at(position[kind], count):
@@ -99,8 +97,9 @@ class HeadSampler:
                         h = F.linear(x, self.input_weight, self.input_bias)
                         h = self._blocks(kind, h, [modulation[number] for modulation in of_blocks], cache)
                     eps, v = self._predict(kind, h, output, cache)
-                    coefficients, draw = next(steps)
-                    x = denoise(x, eps, v, cache.guidance, guidance, coefficients, draw, self.temperature)
+                    if cache.guidance is not None:
+                        eps = torch.addcmul(eps, cache.guidance, guidance)
+                    x = advance(x, eps, v)
             position[kind] += count
         return x
 

@@ -24,7 +24,7 @@ class Noise(Protocol):
         """Return noise [S + 1 or more, B, num_tokens, C] for an autoregressive step of S denoising steps.
 
         Tokens are in ascending position. The first entry is where denoising starts, then comes one per denoising step;
-        further ones are not used.
+        further ones are not used. A solver uses the first entry alone.
         """
 
 

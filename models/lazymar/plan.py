@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from diffusion.solver import SolverSteps
 from models.lazymar.policy import NO_CACHE, CachePolicy, count_of
 from models.lazymar.schedule import Schedule, ScheduledStep
 
@@ -33,12 +34,19 @@ class HeadPlan:
     timesteps:      the timestep of each, of the 1000 of training.
     skipped_blocks: residual blocks that only full steps compute.
     num_branches:   2 with guidance, the conditional and the unconditional branch; 1 without.
+    solver:         combines the denoising steps; None: they are ancestral.
     """
 
     steps: tuple[DenoisingStep, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     skipped_blocks: tuple[int, ...]
     num_branches: int
+    solver: SolverSteps | None = None
+
+    @property
+    def num_draws(self) -> int:
+        """Noise draws per token: one where denoising starts, and one for each ancestral step."""
+        return 1 if self.solver else 1 + len(self.steps)
 
     @property
     def groups(self) -> list[tuple[DenoisingStep, int]]:
@@ -96,8 +104,8 @@ class Step:
 
     @property
     def num_draws(self) -> int:
-        """Noise draws per token: one where denoising starts, and one for each denoising step of the longest chain."""
-        return 1 + max(len(head.steps) for head, _ in self.chains)
+        """Noise draws per token, of the chain that needs most."""
+        return max(head.num_draws for head, _ in self.chains)
 
 
 @dataclass(frozen=True)
@@ -200,17 +208,23 @@ def _first_after(index: int, steps: list[int], num_iter: int) -> int:
 
 
 def plan_chains(scheduled: ScheduledStep, policy: CachePolicy) -> tuple[tuple[HeadPlan, int], ...]:
-    """Return the head's plan for each denoising chain of a step. Without the head cache all steps are full."""
-    skipped = policy.head_skipped_blocks if policy.head_cache else ()
+    """Return the head's plan for each denoising chain of a step. Without the head cache all steps are full.
+
+    A solver has no head cache: its evaluations are so far apart that nothing is left to reuse.
+    """
 
     def kind(index: int, num_steps: int) -> DenoisingStep:
-        interval = count_of(policy.head_refresh_interval, num_steps) if policy.head_cache else 1
+        interval = count_of(policy.head_refresh_interval, num_steps)
         if index == num_steps - 1 or index % interval == 0:
             return DenoisingStep.FULL
         return DenoisingStep.WARMUP if index > policy.head_warmup * num_steps else DenoisingStep.REUSE
 
     chains = []
-    for timesteps, num_tokens in scheduled.chains:
-        kinds = tuple(kind(index, len(timesteps)) for index in reversed(range(len(timesteps))))
-        chains.append((HeadPlan(kinds, timesteps, skipped, num_branches=2 if scheduled.cfg > 1 else 1), num_tokens))
+    for timesteps, num_tokens, solver in scheduled.chains:
+        kinds, skipped = (DenoisingStep.FULL,) * len(timesteps), tuple[int, ...]()
+        if policy.head_cache and solver is None:
+            kinds = tuple(kind(index, len(timesteps)) for index in reversed(range(len(timesteps))))
+            skipped = policy.head_skipped_blocks
+        head = HeadPlan(kinds, timesteps, skipped, num_branches=2 if scheduled.cfg > 1 else 1, solver=solver)
+        chains.append((head, num_tokens))
     return tuple(chains)

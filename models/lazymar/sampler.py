@@ -42,7 +42,7 @@ class Sampler:
     Args:
         model:       the network; its device and dtype are used.
         plan:        what each step computes, by `make_plan`.
-        temperature: scales the noise of the denoising steps.
+        temperature: scales the noise of the denoising steps; with a solver, the initial noise.
         cuda_graphs: False never captures CUDA graphs.
 
     Raises:
@@ -213,7 +213,7 @@ class _State:
     def _denoise(self, head: HeadPlan, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
         """Return tokens [B, k, C]. Calls with the same head plan and number of tokens share a graph."""
         num_tokens = draws.shape[2]
-        draws = draws[: len(head.steps) + 1].flatten(1, 2)
+        draws = draws[: head.num_draws].flatten(1, 2)
         made = self._execute_head((num_tokens, head), self._heads[head], conditions.flatten(0, 1), draws, guidance)
         return made.unflatten(0, (-1, num_tokens))
 

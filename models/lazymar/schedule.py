@@ -6,22 +6,27 @@ A `Schedule` says nothing about caching. `mar_schedule` is MAR's own (arXiv 2406
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from diffusion.schedule import respaced_timesteps
+from diffusion.solver import SolverSteps
 
 CFG_SCHEDULES = ("linear", "constant")
 
 
 class Chain(NamedTuple):
-    """A denoising chain: its timesteps, descending, of the 1000 of training, and how many tokens per image take it."""
+    """A denoising chain: its timesteps, descending, of the 1000 of training, and how many tokens per image take it.
 
-    timesteps: tuple[int, ...]
+    With a `solver` the timesteps are those of its evaluations; without, every denoising step is ancestral.
+    """
+
+    timesteps: tuple[float, ...]
     num_tokens: int
+    solver: SolverSteps | None = None
 
 
 class ScheduledStep(NamedTuple):
@@ -77,7 +82,7 @@ def mar_schedule(
     tokens_per_step: Sequence[int] | None = None,
     cfg: float | Sequence[float] = 3.25,
     cfg_schedule: str = "linear",
-    num_sampling_steps: int = 100,
+    num_sampling_steps: int | SolverSteps = 100,
 ) -> Schedule:
     """Return MAR's schedule over `seq_len` tokens.
 
@@ -86,28 +91,45 @@ def mar_schedule(
         tokens_per_step:    the number of tokens of each step, in place of `num_iter` and MAR's cosine.
         cfg:                the CFG scale (1: no guidance), or one for each step.
         cfg_schedule:       "linear" grows from 1 to `cfg` with the number of known tokens; "constant" does not.
-        num_sampling_steps: denoising steps of each chain.
+        num_sampling_steps: denoising steps of each chain, or a few-step solver.
 
     Raises ValueError, naming the argument, for one that is out of range.
     """
-    counts = list(tokens_per_step) if tokens_per_step is not None else cosine_counts(seq_len, num_iter)
-    if sum(counts) != seq_len:
-        raise ValueError(f"tokens_per_step must add up to the number of tokens, {seq_len}, not {sum(counts)}")
+    counts = cosine_counts(seq_len, num_iter) if tokens_per_step is None else given_counts(seq_len, tokens_per_step)
     scales = list(cfg) if isinstance(cfg, Sequence) else cfg_scales(counts, cfg, cfg_schedule)
     if len(scales) != len(counts):
         raise ValueError(f"cfg must be one scale, or one for each of {len(counts)} steps, not {len(scales)}")
-    timesteps = tuple(reversed(respaced_timesteps(num_sampling_steps)))
-    return Schedule(tuple(ScheduledStep(scale, (Chain(timesteps, count),)) for count, scale in zip(counts, scales)))
+    if isinstance(num_sampling_steps, SolverSteps):
+        timesteps, solver = num_sampling_steps.timesteps, num_sampling_steps
+    else:
+        timesteps, solver = tuple(reversed(respaced_timesteps(num_sampling_steps))), None
+    chains = [(Chain(timesteps, count, solver),) for count in counts]
+    return Schedule(tuple(map(ScheduledStep, scales, chains)))
+
+
+def given_counts(seq_len: int, tokens_per_step: Sequence[int]) -> list[int]:
+    """Return the number of tokens of each step as given. Raises ValueError unless they are all `seq_len` tokens."""
+    if sum(tokens_per_step) != seq_len:
+        raise ValueError(f"tokens_per_step must add up to the number of tokens, {seq_len}, not {sum(tokens_per_step)}")
+    return list(tokens_per_step)
 
 
 def cosine_counts(seq_len: int, num_iter: int) -> list[int]:
     """Return the number of tokens that each step predicts: MAR's cosine, with at least one token per step."""
+    wanted = (math.floor(seq_len * math.cos(math.pi / 2 * step / num_iter)) for step in range(1, num_iter))
+    return counts_by_masked(seq_len, num_iter, wanted)
+
+
+def counts_by_masked(seq_len: int, num_iter: int, wanted: Iterable[int]) -> list[int]:
+    """Return the number of tokens that each step predicts, at least one.
+
+    `wanted` says how many tokens should be masked after each step but the last. Raises ValueError, naming num_iter.
+    """
     if not 1 <= num_iter <= seq_len:
         raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
     masked = [seq_len]
-    for step in range(1, num_iter):
-        wanted = math.floor(seq_len * math.cos(math.pi / 2 * step / num_iter))
-        masked.append(max(1, min(wanted, masked[-1] - 1)))
+    for count in wanted:
+        masked.append(max(1, min(count, masked[-1] - 1)))
     return [before - after for before, after in zip(masked, [*masked[1:], 0])]
 
 

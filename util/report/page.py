@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from models import PRESETS, CachePolicy
+from models import CachePolicy
 from util.files import atomic_write
 from util.folder import side_by_side
 from util.report import figures, paper
@@ -40,7 +40,7 @@ def write_page(study: Study, steps: Mapping[str, Any]) -> Path:
     page = environment.get_template("page.html").render(
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
-        models=list(PRESETS),
+        models=list(dict.fromkeys(model for model, _ in table)),
         table=table,
         methods=methods,
         steps=steps,
@@ -64,7 +64,7 @@ def draw(table: Mapping, methods: Mapping, steps: Mapping) -> dict[str, bytes]:
     pictures = {"rows_by_step": figures.rows_by_step(plans, drawn["MAR"].meta_model.buffer_size)}
     if compared := {name: pair for name, pair in methods.items() if pair[1]}:
         pictures["frontier"] = figures.frontier(compared)
-    for model in PRESETS:
+    for model in dict.fromkeys(model for model, _ in table):
         baseline, lazymar = (table[model, method] for method in TABLE_METHODS)
         if baseline.folder and lazymar.folder:
             pictures[f"side_by_side_{model}"] = side_by_side(baseline.folder, lazymar.folder)
