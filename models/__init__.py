@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.lazymar.noise import ImageNoise
 from models.lazymar.plan import Plan, make_plan
@@ -15,6 +15,9 @@ from models.methods import METHODS, AnnealedSteps, DetailedTokens, Method, count
 from models.presets import PRESETS, Preset
 from models.vae import AutoencoderKL
 
+if TYPE_CHECKING:
+    from util.pipeline import MARPipeline
+
 __all__ = [
     "MAR",
     "METHODS",
@@ -24,6 +27,7 @@ __all__ = [
     "CachePolicy",
     "DetailedTokens",
     "ImageNoise",
+    "MARPipeline",
     "Method",
     "Plan",
     "Preset",
@@ -38,6 +42,15 @@ __all__ = [
     "pack_linear_layers",
     "sample_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `MARPipeline` when it is first asked for: it needs `util`, which needs this package."""
+    if name == "MARPipeline":
+        from util.pipeline import MARPipeline
+
+        return MARPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def create_model(name: str, **overrides: Any) -> MAR:

@@ -37,9 +37,9 @@ def stage_of(row: int, column: int, num_stages: int) -> int:
     return 0
 
 
-def by_stages(order: list[int], num_iter: tuple[int, ...]) -> Steps:
+def by_stages(order: list[int], num_iter: tuple[int, ...], side: int) -> Steps:
     """GtR's steps: one stage after the other, each spread evenly over its steps, from the end of the order on."""
-    side, steps = math.isqrt(len(order)), []
+    steps = []
     for stage, num_steps in enumerate(num_iter):
         left = [token for token in order if stage_of(token // side, token % side, len(num_iter)) == stage]
         size, owed = len(left), 0
@@ -92,7 +92,7 @@ def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...]) -> 
         start = -(-start * sum(stage_steps) // 64)
     if len(stage_steps) > 1 and interval > 1:
         interval = max(2, -(-interval * sum(stage_steps) // 64))
-    stage_starts = [sum(stage_steps[:stage]) for stage in range(len(stage_steps))]
+    stage_starts = [sum(stage_steps[:stage]) for stage, steps in enumerate(stage_steps) if steps]
     if step in stage_starts or step < start or interval == 1:
         return True
     return step + 1 not in stage_starts and (step - start) % interval == 0
@@ -312,6 +312,13 @@ def denoise(
     return x
 
 
+def token_of_image(model: MAR, latents: torch.Tensor, position: int) -> torch.Tensor:
+    """The token [C * p * p] at a position of latents [C, h, w]."""
+    p = model.patch_size
+    row, column = position // model.grid_size * p, position % model.grid_size * p
+    return latents[:, row : row + p, column : column + p].flatten()
+
+
 def image_of_tokens(model: MAR, tokens: torch.Tensor) -> torch.Tensor:
     """Latents [C, h, w] of tokens [L, C * p * p]."""
     p, grid, channels = model.patch_size, model.grid_size, model.vae_embed_dim
@@ -320,6 +327,12 @@ def image_of_tokens(model: MAR, tokens: torch.Tensor) -> torch.Tensor:
         row, column = position // grid * p, position % grid * p
         latents[:, row : row + p, column : column + p] = token.reshape(channels, p, p)
     return latents
+
+
+def steps_with_tokens(num_iter: tuple[int, ...], missing: list[int], side: int) -> tuple[int, ...]:
+    """The steps of each stage: no more than it has missing tokens."""
+    stages = [stage_of(token // side, token % side, len(num_iter)) for token in missing]
+    return tuple(min(num_steps, stages.count(stage)) for stage, num_steps in enumerate(num_iter))
 
 
 def rankings(steps: Steps, num_steps: int, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -353,6 +366,7 @@ def sample_tokens(
     unguided_below: float = 1.0,
     lazy_sampling_steps: int | None = None,
     tokens_per_step: list[int] | None = None,
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """What `models.sample_tokens` computes, for a float64 model on the CPU.
 
@@ -363,19 +377,27 @@ def sample_tokens(
     uncond = [Half(model, model.fake_latent[0]) for _ in class_labels]
     stored_difference = [None] * batch
 
+    given = [position for position in range(seq_len) if known is not None and known[1].flatten()[position]]
+    missing = [position for position in range(seq_len) if position not in given]
     stage_steps = (num_iter,) if isinstance(num_iter, int) else num_iter
     assert len(stage_steps) == num_stages
+    if given:
+        stage_steps = steps_with_tokens(stage_steps, missing, model.grid_size)
     stage_starts = [sum(stage_steps[:stage]) for stage in range(num_stages)]
     steps: list[Steps] = []
-    for order in noise.orders.tolist():
+    for whole_order in noise.orders.tolist():
+        order = [position for position in whole_order if position in missing]
         in_one_stage = in_random_order(order, stage_steps[0], tokens_per_step)
-        steps.append(in_one_stage if num_stages == 1 else by_stages(order, stage_steps))
+        steps.append(in_one_stage if num_stages == 1 else by_stages(order, stage_steps, model.grid_size))
     num_iter = len(steps[0])
-    ranking = [rankings(of_image, num_iter, num_rows, seq_len) for of_image in steps]
+    ranking = [rankings([given, *of_image], num_iter, num_rows, seq_len) for of_image in steps]
 
     annealing = isinstance(num_sampling_steps, AnnealedSteps)
     first_timestep = 950 if annealing else 999
     tokens = torch.zeros(batch, seq_len, model.token_dim).double()
+    for image in range(batch):
+        for position in given:
+            tokens[image, position] = token_of_image(model, known[0][image], position)
     for step in range(num_iter):
         refresh = cache is None or is_refresh(cache, step, stage_steps)
         policy = None if refresh or not cache.token_cache else cache
@@ -383,10 +405,10 @@ def sample_tokens(
         for image in range(batch):
             now = steps[image][step]
             previous = steps[image][step - 1] if step else []
-            known = sorted(position for past in steps[image][:step] for position in past)
+            there = sorted(given + [position for past in steps[image][:step] for position in past])
             num_kept = kept_rows(cache, step, num_iter, num_rows, len(now) + len(previous)) if policy else num_rows
             chance = ranking[image][step] if policy and policy.selection == "random" else None
-            arguments = (tokens[image], known, previous, now, policy, num_kept, chance)
+            arguments = (tokens[image], there, previous, now, policy, num_kept, chance)
             h_cond = cond[image].run(*arguments)
             if cfg == 1:
                 h_uncond = h_cond
@@ -401,10 +423,10 @@ def sample_tokens(
             z_uncond.append(model.decoder_norm(h_uncond[rows]) + position_embedding)
 
         num_predicted = len(steps[0][step])
-        masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
+        masked_after = len(missing) - sum(len(past) for past in steps[0][: step + 1])
         scale = cfg[step] if isinstance(cfg, list) else cfg
         if not isinstance(cfg, list):
-            scale = guidance(cfg, cfg_schedule, masked_after, seq_len, unguided_below)
+            scale = guidance(cfg, cfg_schedule, masked_after, len(missing), unguided_below)
         count = annealed(num_sampling_steps, step, num_iter, stage_starts[-1])
         if not refresh and lazy_sampling_steps is not None:
             count = min(count, lazy_sampling_steps)

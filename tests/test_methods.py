@@ -225,7 +225,7 @@ def test_orders_by_stages_depend_on_the_seed_alone() -> None:
     assert together[2] == positions([19])[0] and together[1:] == positions([7, 19])
     assert together[0] != together[1]
     for order, found in zip(sampler.noise(3, [40, 7, 19]).orders.tolist(), together):
-        assert found == [position for step in naive.by_stages(order, (5, 3, 2)) for position in step]
+        assert found == [position for step in naive.by_stages(order, (5, 3, 2), 8) for position in step]
 
 
 class MoreDraws:

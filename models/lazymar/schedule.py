@@ -50,6 +50,7 @@ class Schedule:
                 random order where it is equal. None: in random order.
         rank:   scores tokens [B, k] by their conditions [B, k, D]; of several chains, the first takes the tokens with
                 the highest scores. Needed only where a step has several chains.
+        known:  positions of the tokens that are known from the start, ascending; the steps predict the others.
 
     Raises ValueError for a step without tokens, and for a CFG scale below 1.
     """
@@ -57,6 +58,7 @@ class Schedule:
     steps: tuple[ScheduledStep, ...]
     stages: tuple[int, ...] | None = None
     rank: Callable[[Tensor], Tensor] | None = None
+    known: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for number, step in enumerate(self.steps):
@@ -67,7 +69,7 @@ class Schedule:
     @property
     def seq_len(self) -> int:
         """Number of tokens per image."""
-        return sum(step.num_tokens for step in self.steps)
+        return len(self.known) + sum(step.num_tokens for step in self.steps)
 
 
 def mar_schedule(
@@ -78,8 +80,9 @@ def mar_schedule(
     cfg: float | Sequence[float] = 3.25,
     cfg_schedule: str = "linear",
     num_sampling_steps: int = 100,
+    known: Sequence[int] = (),
 ) -> Schedule:
-    """Return MAR's schedule over `seq_len` tokens.
+    """Return MAR's schedule over `seq_len` tokens, or over those of them that are missing.
 
     Args:
         num_iter:           autoregressive steps.
@@ -87,17 +90,20 @@ def mar_schedule(
         cfg:                the CFG scale (1: no guidance), or one for each step.
         cfg_schedule:       "linear" grows from 1 to `cfg` with the number of known tokens; "constant" does not.
         num_sampling_steps: denoising steps of each chain.
+        known:              positions of the tokens that are known from the start.
 
     Raises ValueError, naming the argument, for one that is out of range.
     """
-    counts = list(tokens_per_step) if tokens_per_step is not None else cosine_counts(seq_len, num_iter)
-    if sum(counts) != seq_len:
-        raise ValueError(f"tokens_per_step must add up to the number of tokens, {seq_len}, not {sum(counts)}")
+    missing = seq_len - len(known)
+    counts = list(tokens_per_step) if tokens_per_step is not None else cosine_counts(missing, num_iter)
+    if sum(counts) != missing:
+        raise ValueError(f"tokens_per_step must add up to the number of tokens, {missing}, not {sum(counts)}")
     scales = list(cfg) if isinstance(cfg, Sequence) else cfg_scales(counts, cfg, cfg_schedule)
     if len(scales) != len(counts):
         raise ValueError(f"cfg must be one scale, or one for each of {len(counts)} steps, not {len(scales)}")
     timesteps = tuple(reversed(respaced_timesteps(num_sampling_steps)))
-    return Schedule(tuple(ScheduledStep(scale, (Chain(timesteps, count),)) for count, scale in zip(counts, scales)))
+    steps = tuple(ScheduledStep(scale, (Chain(timesteps, count),)) for count, scale in zip(counts, scales))
+    return Schedule(steps, known=tuple(known))
 
 
 def cosine_counts(seq_len: int, num_iter: int) -> list[int]:
