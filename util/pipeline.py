@@ -49,6 +49,8 @@ Callback = Callable[["MARPipeline", int, Step, Mapping[str, Tensor]], object]
 class MARPipeline:
     """A model and its VAE, ready to make images. The sampler of the last call is kept, so that the same call is warm.
 
+    `plan` is that of the last call, or of the call that is going on.
+
     Args:
         model:  the network.
         vae:    the autoencoder whose latents it makes.
@@ -57,6 +59,7 @@ class MARPipeline:
 
     def __init__(self, model: MAR, vae: AutoencoderKL, preset: Preset) -> None:
         self.model, self.vae, self.preset = model, vae, preset
+        self.plan: Plan | None = None
         self._sampler: Sampler | None = None
         self._sampler_settings: tuple[Any, ...] = ()
 
@@ -177,7 +180,7 @@ class MARPipeline:
             latents = self.encode(original)
         cfg = self.preset.cfg if cfg is None else cfg
         plan = with_settings(method, settings).plan(self.model, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
-        sampler = self.sampler(plan, temperature=temperature)
+        self.plan, sampler = plan, self.sampler(plan, temperature=temperature)
         with tqdm(total=len(plan), disable=not progress, unit="step") as bar:
             follow = self._follow(bar, callback_on_step_end, len(class_labels), latents, known)
             noise = sampler.noise(seed, numbers)
