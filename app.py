@@ -1,9 +1,7 @@
 """A page to play with: choose a class and a method, watch tokens become known, and inpaint.
 
-    pip install -r requirements-app.txt
-    python app.py   # then open http://127.0.0.1:7860
-
-It is served to this machine alone, unless --host says otherwise.
+pip install -r requirements-app.txt
+python app.py   # then open http://127.0.0.1:7860; served to this machine alone, unless --host says otherwise
 """
 
 from __future__ import annotations
@@ -36,21 +34,18 @@ ONE_AT_A_TIME = threading.Lock()
 REFRESH, LAZY, REUSED = (31, 78, 140), (90, 150, 210), (215, 215, 215)
 
 
-class Stopped(Exception):
-    """The visitor pressed Stop, or left."""
-
-
 def run(name: str, label: Any, method: str, cfg: float | None, seed: Any, **images: Any) -> Iterator[Any]:
-    """Yield (plan, number of finished steps, pixels [H, W, 3]) after each step, then the pipeline's output.
+    """Yield (plan, number of finished steps, pixels [H, W, 3]) after steps but the last, then the pipeline's output.
 
-    The work is done in a thread, which ends at its next step when the iterator is closed. Raises ValueError for bad
-    input.
+    A thread does the work; it ends when the iterator is closed, at its next step. Raises ValueError for bad input.
     """
     events, stop = queue.SimpleQueue[Any](), threading.Event()
 
     def on_step(pipe: MARPipeline, index: int, step: Step, tensors: Mapping[str, Tensor]) -> None:
         if stop.is_set():
-            raise Stopped
+            raise InterruptedError
+        if step.stop == pipe.model.seq_len:
+            return  # the output follows
         side = pipe.model.img_size // pipe.model.grid_size
         known = tensors["known"][0].view(pipe.model.grid_size, -1).cpu().numpy().repeat(side, 0).repeat(side, 1)
         pixels = np.where(known[..., None], to_pixels(pipe.decode(tensors["latents"]))[0], 128).astype(np.uint8)
@@ -84,7 +79,6 @@ def whole(value: Any, name: str) -> int:
 
 
 def enlarge(pixels: Any) -> Image.Image:
-    """Return pixels [H, W, 3] as an image of `SHOWN` pixels or more."""
     pixels = np.asarray(pixels)
     scale = -(-SHOWN // len(pixels))
     return Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
@@ -94,10 +88,6 @@ def describe(output: PipelineOutput) -> str:
     full = sum(step.refresh for step in output.plan)
     cost = f"{output.seconds:.1f} s, {output.flops.total / 1e9:,.1f} GFLOPs"
     return f"{cost}, {len(output.plan)} steps, {full} of which compute everything"
-
-
-def open_example(path: Path) -> Image.Image:
-    return enlarge(Image.open(path).convert("RGB"))
 
 
 def draw_rows(plan: Plan, done: int) -> Image.Image:
@@ -129,13 +119,13 @@ def read_editor(value: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
 
 
 def make_page() -> Any:
-    """Build the page."""
     import gradio as gr
 
     picture = partial(gr.Image, buttons=["download"])
 
     def make(name, label, method, cfg, seed, beside, editor=False):
-        shown, rows, lines = [None, None], None, []
+        lines: list[str] = []
+        yield None, None, None, ""
         try:
             images = {} if editor is False else read_editor(editor, PRESETS[name].architecture["img_size"])
             for place, chosen in enumerate([method, "mar"] if beside else [method]):
@@ -145,10 +135,10 @@ def make_page() -> Any:
                     else:
                         plan, done, pixels = event
                         figures = f"step {done} of {len(plan)}"
-                    shown[place], line = enlarge(pixels), f"**{chosen}**: {figures}"
-                    if place == 0:
-                        rows = draw_rows(plan, done)
-                    yield *shown, rows, "\n\n".join([*lines, line])
+                    line = "\n\n".join([*lines, f"**{chosen}**: {figures}"])
+                    shown = [gr.skip(), gr.skip(), draw_rows(plan, done) if place == 0 else gr.skip(), line]
+                    shown[place] = enlarge(pixels)
+                    yield shown
                 lines.append(line)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -172,7 +162,12 @@ def make_page() -> Any:
                     with gr.Row():
                         for path in EXAMPLES:
                             choose = gr.Button(path.stem.replace("_", " "), size="sm")
-                            choose.click(partial(open_example, path), None, editor, api_visibility="private")
+                            choose.click(
+                                partial(enlarge, Image.open(path).convert("RGB")),
+                                None,
+                                editor,
+                                api_visibility="private",
+                            )
                     inputs.append(editor)
                 with gr.Row():
                     start, stop = gr.Button(title, variant="primary"), gr.Button("Stop")
@@ -197,7 +192,7 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no request leaves this machine
     import gradio as gr
 
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = gr.themes.Default(font=["system-ui"], font_mono=["monospace"])  # no fonts of other hosts
     make_page().launch(server_name=args.host, server_port=args.port, theme=theme, share=False)
 
 

@@ -104,7 +104,10 @@ def test_a_chosen_image_is_shown_and_needs_a_mask(address, tmp_path):
 def painted(box: tuple[int, int, int, int], size: int = 384) -> dict:
     layer = Image.new("RGBA", (size, size))
     layer.paste((255, 64, 64, 255), box)
-    return {"background": app.open_example(app.EXAMPLES[0]).resize((size, size)), "layers": [layer]}
+    return {
+        "background": app.enlarge(Image.open(app.EXAMPLES[0]).convert("RGB")).resize((size, size)),
+        "layers": [layer],
+    }
 
 
 def test_what_was_painted_becomes_a_mask_of_the_models_size():
@@ -123,7 +126,7 @@ def test_what_was_painted_becomes_a_mask_of_the_models_size():
 def test_a_run_tells_its_steps_and_ends_when_it_is_closed():
     images = app.read_editor(painted((0, 200, 384, 384)), 32)
     events = list(app.run("mar_tiny", 9, "fast", None, 0, **images))
-    assert [done for _, done, _ in events[:-1]] == list(range(1, len(events[-1].plan) + 1))
+    assert [done for _, done, _ in events[:-1]] == list(range(1, len(events[-1].plan)))
     assert app.draw_rows(events[0][0], 3).height == 320
     followed = app.run("mar_tiny", 7, "mar", None, 0)
     next(followed)
