@@ -178,7 +178,7 @@ def make_page() -> Any:
                     label="Decoder rows computed (blue, dark at refresh steps) and reused (grey)", height=240
                 )
                 outputs = [result, baseline, rows, text]
-                once = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": [text]}
+                once: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": [text]}
                 running = start.click(make, inputs, outputs, **once)
                 stop.click(None, cancels=[running])
     return page
