@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import AutoencoderKL, Sampler
+from models import MARPipeline, Sampler
 from util.errors import InputError
 from util.extractors import Extractor
 from util.folder import Batch
-from util.images import decode, map_images, to_pixels
+from util.images import map_images, to_pixels
 from util.memory import retry_eagerly
 from util.options import Options, parse_options
 from util.processes import Job, launch
@@ -41,12 +41,13 @@ def evaluate(job: Job, options: Options) -> dict[str, Any]:
         return evaluate_sweep(job, options, evaluate)
     with open_run(job, options) as run:  # what can be refused is refused here, before long work
         paths = {"weights": options.resume, "vae_weights": options.vae_path}
-        model, vae = load_model(options.model, run.device, run.dtype, class_num=options.class_num, **paths)
-        sampler = Sampler(model, options.plan, temperature=options.temperature, cuda_graphs=run.cuda_graphs)
+        networks = load_model(options.model, run.device, run.dtype, class_num=options.class_num, **paths)
+        pipe = MARPipeline(*networks, options.preset)
+        sampler = pipe.sampler(options.plan, temperature=options.temperature, cuda_graphs=run.cuda_graphs)
         # Each step is an iterator over the batches of the one before: a batch passes all of them, then the next begins.
         batches = run.claim()
         batches = sampled(batches, sampler, run)
-        batches = decoded(batches, vae, options.preset.latent_scale, sampler)
+        batches = decoded(batches, pipe, sampler)
         batches = with_features(batches, run.extractor)
         run.save(batches)
         return run.finish()  # FID and Inception Score of all features, times, FLOPs
@@ -65,12 +66,12 @@ def sampled(batches: Iterable[Batch], sampler: Sampler, run: Run) -> Iterator[Ba
         yield batch
 
 
-def decoded(batches: Iterable[Batch], vae: AutoencoderKL, latent_scale: float, sampler: Sampler) -> Iterator[Batch]:
+def decoded(batches: Iterable[Batch], pipe: MARPipeline, sampler: Sampler) -> Iterator[Batch]:
     """Turn the latents of each batch into pixels."""
     for batch in batches:
         if batch.latents is not None:
             start = time.perf_counter()
-            images = retry_eagerly(sampler, decode, vae, batch.latents / latent_scale)
+            images = retry_eagerly(sampler, pipe.decode, batch.latents)
             check_finite(images, "decoded pixels", batch.indices)
             batch.pixels, batch.latents = to_pixels(images), None
             batch.decode_seconds = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion.solver import SolverSteps
 from models.lazymar.noise import ImageNoise
@@ -16,6 +16,9 @@ from models.methods import METHODS, AnnealedSteps, DetailedTokens, Method, count
 from models.presets import PRESETS, Preset
 from models.vae import AutoencoderKL
 
+if TYPE_CHECKING:
+    from util.pipeline import MARPipeline
+
 __all__ = [
     "MAR",
     "METHODS",
@@ -25,6 +28,7 @@ __all__ = [
     "CachePolicy",
     "DetailedTokens",
     "ImageNoise",
+    "MARPipeline",
     "Method",
     "Plan",
     "Preset",
@@ -40,6 +44,15 @@ __all__ = [
     "pack_linear_layers",
     "sample_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `MARPipeline` when it is first asked for: it needs `util`, which needs this package."""
+    if name == "MARPipeline":
+        from util.pipeline import MARPipeline
+
+        return MARPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def create_model(name: str, **overrides: Any) -> MAR:

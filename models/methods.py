@@ -7,7 +7,7 @@ the published methods; "+" composes them. Figures are from the papers and their 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -81,11 +81,13 @@ class AnnealedSteps:
         """
         last, span = num_iter - 1, self.upper - self.lower
         if self.schedule == "generation":
-            last, step = num_generating - 1, min(step, num_generating)
+            if step >= num_generating:
+                return self.lower
+            last = num_generating - 1
         if last < 1:  # a single step
             return self.upper if step == 0 and self.schedule in ("linear", "cosine", "generation") else self.lower
         if self.schedule in ("linear", "generation"):
-            return self.lower + max(0, int((last - step) / last * span))
+            return self.lower + int((last - step) / last * span)
         if self.schedule == "cosine":
             return self.lower + int((math.cos(math.pi * step / last) + 1) / 2 * span)
         return self.lower + (span if self.schedule == "two-stage" and step < last / 2 else 0)
@@ -191,9 +193,18 @@ class Method:
         """Return the method with other settings."""
         return replace(self, **settings)
 
-    def schedule(self, seq_len: int, *, cfg: float, cfg_schedule: str = "linear") -> Schedule:
-        """Return the schedule over `seq_len` tokens. Raises ValueError, naming a setting that does not fit."""
-        counts, stages, stage_starts = self._order(seq_len)
+    def schedule(
+        self, seq_len: int, *, cfg: float, cfg_schedule: str = "linear", known: Tensor | None = None
+    ) -> Schedule:
+        """Return the schedule over `seq_len` tokens, or over those of them that are missing.
+
+        `known`, a BoolTensor of `seq_len` elements in row-major order, is True at tokens that are known from the start.
+        The steps of a stage are then at most its missing tokens.
+
+        Raises ValueError, naming a setting that does not fit.
+        """
+        positions = known_positions(known, seq_len)
+        counts, stages, stage_starts = self._order(seq_len, positions)
         num_iter, last_stage = len(counts), stage_starts[-1]
         scales = [scale if scale >= self.unguided_below else 1.0 for scale in cfg_scales(counts, cfg, cfg_schedule)]
         if self.guidance_interval is not None:
@@ -220,29 +231,36 @@ class Method:
                 longer = max(length, detailed.num_sampling_steps)
                 chains.insert(0, Chain(self._timesteps(longer), num_detailed))
             steps.append(ScheduledStep(scale, tuple(chain for chain in chains if chain.num_tokens)))
-        return Schedule(tuple(steps), stages, detail)
+        return Schedule(tuple(steps), stages, detail, positions)
 
-    def plan(self, model: MAR, *, cfg: float, cfg_schedule: str = "linear") -> Plan:
+    def plan(self, model: MAR, *, cfg: float, cfg_schedule: str = "linear", known: Tensor | None = None) -> Plan:
         """Return the plan for a model, which may be on the meta device. Raises ValueError like `schedule`."""
-        schedule = self.schedule(model.seq_len, cfg=cfg, cfg_schedule=cfg_schedule)
-        _, _, stage_starts = self._order(model.seq_len)
+        schedule = self.schedule(model.seq_len, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
+        _, _, stage_starts = self._order(model.seq_len, schedule.known)
         return make_plan(schedule, self._policy(len(schedule.steps), stage_starts), buffer_size=model.buffer_size)
 
-    def _order(self, seq_len: int) -> tuple[list[int], tuple[int, ...] | None, list[int]]:
+    def _order(self, seq_len: int, known: Sequence[int]) -> tuple[list[int], tuple[int, ...] | None, list[int]]:
         """Return the tokens of each step, the stage of each position (None: one stage), and each stage's first step."""
         num_iter = (self.num_iter,) if isinstance(self.num_iter, int) else self.num_iter
         if self.num_stages > 1:
             stages = stages_of_positions(seq_len, self.num_stages)
-            counts = staged_counts([stages.count(stage) for stage in range(self.num_stages)], num_iter)
+            sizes = [stages.count(stage) for stage in range(self.num_stages)]
+            if known:
+                staged_counts(sizes, num_iter)  # refuses what does not fit the whole grid either
+                there = [stages[position] for position in known]
+                sizes = [size - there.count(stage) for stage, size in enumerate(sizes)]
+                num_iter = tuple(map(min, num_iter, sizes))
+            counts = staged_counts(sizes, num_iter)
             return counts, tuple(stages), [sum(num_iter[:stage]) for stage in range(self.num_stages)]
         if self.tokens_per_step is not None:
-            return given_counts(seq_len, self.tokens_per_step), None, [0]
+            return given_counts(seq_len - len(known), self.tokens_per_step), None, [0]
         if len(num_iter) > 1:
             given = ",".join(map(str, num_iter))
             raise ValueError(f"num_iter must be one number for one stage, not {given}: or give num_stages too")
-        if self.token_schedule == "exp":
-            return exp_counts(seq_len, num_iter[0]), None, [0]
-        return cosine_counts(seq_len, num_iter[0]), None, [0]
+        missing = seq_len - len(known)
+        num_steps = min(num_iter[0], missing) if known else num_iter[0]
+        of_schedule = exp_counts if self.token_schedule == "exp" else cosine_counts
+        return of_schedule(missing, num_steps), None, [0]
 
     def _timesteps(self, length: int) -> tuple[int, ...]:
         """Return the timesteps of a chain, descending; annealed chains start at 950, and duplicates are dropped."""
@@ -278,7 +296,8 @@ class Method:
         def is_refresh(step: int) -> bool:
             if step in stage_starts or step < start or interval == 1:
                 return True
-            return scaled.is_refresh(step, num_iter) and step + 1 not in stage_starts
+            is_last = step + 1 == num_iter  # a stage without missing tokens may start after it
+            return scaled.is_refresh(step, num_iter) and (is_last or step + 1 not in stage_starts)
 
         return replace(policy, refresh_steps=tuple(filter(is_refresh, range(num_iter))))
 
@@ -328,10 +347,24 @@ def staged_counts(sizes: Sequence[int], num_iter: Sequence[int]) -> list[int]:
         raise ValueError(f"num_iter must have a number of steps for each of the {len(sizes)} stages, not {given}")
     counts = []
     for size, steps in zip(sizes, num_iter):
-        if not 1 <= steps <= size:
+        if not min(1, size) <= steps <= size:
             raise ValueError(f"num_iter must be 1 to {size} for a stage of {size} tokens, not {steps}")
         counts += [size * (step + 1) // steps - size * step // steps for step in range(steps)]
     return counts
+
+
+def known_positions(known: Tensor | None, seq_len: int) -> tuple[int, ...]:
+    """Return the positions, ascending, at which a mask of known tokens is True; none for None.
+
+    Raises ValueError unless it is a BoolTensor of `seq_len` elements that leaves a token to predict.
+    """
+    if known is None:
+        return ()
+    if known.dtype != torch.bool or known.numel() != seq_len:
+        raise ValueError(f"known must be a BoolTensor of {seq_len} tokens, not {known.dtype} {list(known.shape)}")
+    if known.all():
+        raise ValueError("known must leave at least one token to predict")
+    return tuple(known.flatten().nonzero().flatten().tolist())
 
 
 def detail(conditions: Tensor) -> Tensor:
@@ -468,29 +501,44 @@ def sample_tokens(
     cfg: float = 3.25,
     cfg_schedule: str = "linear",
     temperature: float = 1.0,
+    known: tuple[Tensor, Tensor] | None = None,
     **settings: Any,
 ) -> Tensor:
     """Sample one batch of latents [B, C, h, w] for classes [B].
 
     Args:
         method:   a `Method` or its name.
+        known:    for inpainting: latents [B, C, h, w] at unit scale, and a BoolTensor of L tokens in row-major order,
+                  True where their tokens are kept as they are. The other tokens are sampled, given these.
         settings: fields of `Method` that replace the method's, such as `num_iter=32` or `cache=CachePolicy()`.
 
     The other arguments, the result and the errors are those of `Sampler` and `mar_schedule`.
     """
-    plan = _with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
-    return Sampler(model, plan, temperature=temperature)(class_labels, noise)
+    latents, mask = known or (None, None)
+    plan = with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule, known=mask)
+    sampler = Sampler(model, plan, temperature=temperature)
+    return sampler(class_labels, noise, known=latents if plan.schedule.known else None)
 
 
 def count_flops(
-    model: MAR, method: Method | str = "mar", *, cfg: float = 3.25, cfg_schedule: str = "linear", **settings: Any
+    model: MAR,
+    method: Method | str = "mar",
+    *,
+    cfg: float = 3.25,
+    cfg_schedule: str = "linear",
+    known: Tensor | None = None,
+    **settings: Any,
 ) -> Flops:
-    """Return the FLOPs of sampling one image; arguments as in `sample_tokens`. `model` may be on the meta device."""
-    plan = _with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
+    """Return the FLOPs of sampling one image. `model` may be on the meta device.
+
+    The arguments are those of `sample_tokens`, but `known` is the mask of known tokens alone.
+    """
+    plan = with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
     return Flops.of_steps(flops_per_step(model, plan))
 
 
-def _with_settings(model: MAR, method: Method | str, settings: dict[str, Any]) -> Method:
+def with_settings(model: MAR, method: Method | str, settings: Mapping[str, Any]) -> Method:
+    """Return a method, given by itself or by its name, with other settings."""
     if isinstance(method, str):
         method = find_method(method, model.name, settings.get("num_iter"))
     return method.replaced(**settings)

@@ -40,9 +40,9 @@ def stage_of(row: int, column: int, num_stages: int) -> int:
     return 0
 
 
-def by_stages(order: list[int], num_iter: tuple[int, ...]) -> Steps:
+def by_stages(order: list[int], num_iter: tuple[int, ...], side: int) -> Steps:
     """GtR's steps: one stage after the other, each spread evenly over its steps, from the end of the order on."""
-    side, steps = math.isqrt(len(order)), []
+    steps = []
     for stage, num_steps in enumerate(num_iter):
         left = [token for token in order if stage_of(token // side, token % side, len(num_iter)) == stage]
         size, owed = len(left), 0
@@ -106,7 +106,7 @@ def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...], of_
         start = -(-start * sum(stage_steps) // 64)
     if of_64 and interval > 1:
         interval = max(2, -(-interval * sum(stage_steps) // 64))
-    stage_starts = [sum(stage_steps[:stage]) for stage in range(len(stage_steps))]
+    stage_starts = [sum(stage_steps[:stage]) for stage, steps in enumerate(stage_steps) if steps]
     if step in stage_starts or step < start or interval == 1:
         return True
     return step + 1 not in stage_starts and (step - start) % interval == 0
@@ -392,6 +392,13 @@ def denoise(net, z_cond, z_uncond, noise, schedule: Schedule, cfg: float, temper
     return x
 
 
+def token_of_image(model: MAR, latents: torch.Tensor, position: int) -> torch.Tensor:
+    """The token [C * p * p] at a position of latents [C, h, w]."""
+    p = model.patch_size
+    row, column = position // model.grid_size * p, position % model.grid_size * p
+    return latents[:, row : row + p, column : column + p].flatten()
+
+
 def image_of_tokens(model: MAR, tokens: torch.Tensor) -> torch.Tensor:
     """Latents [C, h, w] of tokens [L, C * p * p]."""
     p, grid, channels = model.patch_size, model.grid_size, model.vae_embed_dim
@@ -400,6 +407,12 @@ def image_of_tokens(model: MAR, tokens: torch.Tensor) -> torch.Tensor:
         row, column = position // grid * p, position % grid * p
         latents[:, row : row + p, column : column + p] = token.reshape(channels, p, p)
     return latents
+
+
+def steps_with_tokens(num_iter: tuple[int, ...], missing: list[int], side: int) -> tuple[int, ...]:
+    """The steps of each stage: no more than it has missing tokens."""
+    stages = [stage_of(token // side, token % side, len(num_iter)) for token in missing]
+    return tuple(min(num_steps, stages.count(stage)) for stage, num_steps in enumerate(num_iter))
 
 
 def rankings(steps: Steps, num_steps: int, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -427,6 +440,7 @@ def sample_tokens(
     temperature: float,
     noise,
     tokens_per_step: list[int] | None = None,
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """What `models.sample_tokens` computes, for a float64 model on the CPU.
 
@@ -438,22 +452,30 @@ def sample_tokens(
     stored_difference = [None] * len(class_labels)
 
     stage_steps = (method.num_iter,) if isinstance(method.num_iter, int) else method.num_iter
+    given = [position for position in range(seq_len) if known is not None and known[1].flatten()[position]]
+    missing = [position for position in range(seq_len) if position not in given]
+    if given:
+        stage_steps = steps_with_tokens(stage_steps, missing, model.grid_size)
     last_stage = sum(stage_steps[:-1])
     steps: list[Steps] = []
-    for order in noise.orders.tolist():
+    for whole_order in noise.orders.tolist():
+        order = [position for position in whole_order if position in missing]
         counts = (
-            exp_counts(seq_len, stage_steps[0])
+            exp_counts(len(missing), stage_steps[0])
             if method.token_schedule == "exp"
             else method.tokens_per_step or tokens_per_step
         )
         in_one_stage = in_random_order(order, stage_steps[0], counts)
-        steps.append(in_one_stage if method.num_stages == 1 else by_stages(order, stage_steps))
+        steps.append(in_one_stage if method.num_stages == 1 else by_stages(order, stage_steps, model.grid_size))
     num_iter = len(steps[0])
-    ranking = [rankings(of_image, num_iter, num_rows, seq_len) for of_image in steps]
+    ranking = [rankings([given, *of_image], num_iter, num_rows, seq_len) for of_image in steps]
 
     solver = method.num_sampling_steps if isinstance(method.num_sampling_steps, SolverSteps) else None
     first_timestep = 950 if isinstance(method.num_sampling_steps, AnnealedSteps) else 999
     tokens = torch.zeros(len(class_labels), seq_len, model.token_dim).double()
+    for image in range(len(class_labels)):
+        for position in given:
+            tokens[image, position] = token_of_image(model, known[0][image], position)
     both, since_refresh = [], 0
     for step in range(num_iter if cache and cfg != 1 else 0):
         refresh = is_refresh(cache, step, stage_steps, method.token_schedule == "exp")
@@ -467,11 +489,11 @@ def sample_tokens(
         first_new = max((past for past in both if past < step), default=0) if extra else max(step - 1, 0)
         end = min((later for later in both if later > step), default=num_iter) if extra else step + 1
         num_predicted = len(steps[0][step])
-        masked_after = seq_len - sum(len(past) for past in steps[0][: step + 1])
+        masked_after = len(missing) - sum(len(past) for past in steps[0][: step + 1])
         if isinstance(cfg, list):
             scale = cfg[step]
         else:
-            scale = guidance(cfg, cfg_schedule, masked_after, seq_len, method.unguided_below)
+            scale = guidance(cfg, cfg_schedule, masked_after, len(missing), method.unguided_below)
         time_after = 1 - (1 - 1e-5) * (step + 1) / num_iter
         lowest, highest = method.guidance_interval or (0, 1)
         if not lowest < time_after <= highest:
@@ -485,10 +507,11 @@ def sample_tokens(
             predicted = [[model.buffer_size + position for position in past] for past in of_image[: step + 1]]
             now, previous = predicted[-1], [row for past in predicted[first_new:-1] for row in past]
             needed = [model.buffer_size + position for later in of_image[step:end] for position in later]
-            known = sorted(row for past in predicted[:-1] for row in past)
+            there = [model.buffer_size + position for position in given]
+            there = sorted(there + [row for past in predicted[:-1] for row in past])
             num_kept = kept_rows(cache, step, num_iter, num_rows, len(needed) + len(previous)) if policy else num_rows
             chance = ranking[image][step] if policy and policy.selection == "random" else None
-            arguments = (tokens[image], known, previous, needed, policy, num_kept, chance)
+            arguments = (tokens[image], there, previous, needed, policy, num_kept, chance)
             h_cond = h_uncond = cond[image].run(*arguments)
             if cfg != 1 and (refresh or extra or not cache.condition_cache):
                 h_uncond = uncond[image].run(*arguments)

@@ -373,7 +373,7 @@ def test_a_fault_of_the_disk_is_one_sentence_and_the_run_goes_on(fault, tmp_path
 
 def test_a_batch_that_runs_out_of_memory_is_made_again_without_graphs(tmp_path, command, capsys, monkeypatch, whole):
     """Stands in for a GPU's memory: one batch fails once in the sampler and one in the VAE, then all do."""
-    calls, dropped, sample, decode = [], [], program.Sampler.__call__, program.decode
+    calls, dropped, sample, decode = [], [], program.Sampler.__call__, program.MARPipeline.decode
 
     def failing(function, at):
         def call(*arguments, **options):
@@ -387,7 +387,7 @@ def test_a_batch_that_runs_out_of_memory_is_made_again_without_graphs(tmp_path, 
     drop = program.Sampler.drop_graphs
     monkeypatch.setattr(program.Sampler, "drop_graphs", lambda sampler: (dropped.append(sampler), drop(sampler)))
     monkeypatch.setattr(program.Sampler, "__call__", failing(sample, lambda count: count == 2))
-    monkeypatch.setattr(program, "decode", failing(decode, lambda count: count == 4))
+    monkeypatch.setattr(program.MARPipeline, "decode", failing(decode, lambda count: count == 4))
     assert run(command(tmp_path / "run")) == 0
     assert len(dropped) == 2 and "without CUDA graphs" in capsys.readouterr().out
     assert_same(tmp_path / "run", whole)

@@ -170,6 +170,6 @@ def test_on_a_gpu_steps_are_counted_a_few_before_they_are_done(monkeypatch):
     run = SimpleNamespace(options=options, device=GPU, count=counted.append)
     on_step = Run.follow(run, Batch(range(20), [0] * 20))
     for step in options.plan:
-        on_step(step)
+        on_step(SimpleNamespace(step=step))
     assert sum(counted) == 20_000 and min(counted) > 0
     assert log.count("recorded") == 12 and len(log) == 12 + 12 - STEPS_AHEAD

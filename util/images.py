@@ -50,6 +50,20 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return torch.cat(map_images(decode_part, latents))
 
 
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Encode images [B, 3, H, W] of about [-1, 1] as the VAE's latents [B, C, h, w] float32, the posterior's mean.
+
+    A model's latents are at unit scale: these times the preset's `latent_scale`.
+    """
+    dtype = vae.post_quant_conv.weight.dtype
+
+    @torch.inference_mode()
+    def encode_part(part: Tensor) -> Tensor:
+        return vae.encode(part.to(dtype, memory_format=torch.channels_last)).mean.float()
+
+    return torch.cat(map_images(encode_part, images))
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Round images of about [-1, 1] to the nearest of 0 to 255; the shape stays."""
     return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from models.lazymar.flops import Flops
-from models.lazymar.plan import Step
+from models.lazymar.sampler import SampledStep
 from util import machine
 from util.errors import InputError
 from util.extractors import FEATURES_DIMS, Extractor, load_extractor
@@ -75,19 +75,19 @@ class Run:
                 self.count(1000 * len(indices))
             yield batch
 
-    def follow(self, batch: Batch) -> Callable[[Step], None]:
+    def follow(self, batch: Batch) -> Callable[[SampledStep], None]:
         """Return a function that counts each sampling step of a batch by its share of the FLOPs."""
         flops = list(accumulate(step.total for step in self.options.flops))
         queue, counted = deque[torch.cuda.Event](), 0
 
-        def on_step(step: Step) -> None:
+        def on_step(sampled: SampledStep) -> None:
             nonlocal counted
             if self.device.type == "cuda":
                 queue.append(torch.cuda.Event(blocking=True))
                 queue[-1].record()
                 if len(queue) > STEPS_AHEAD:
                     queue.popleft().synchronize()
-            done = 1000 * len(batch.indices) * flops[step.index] // flops[-1]
+            done = 1000 * len(batch.indices) * flops[sampled.step.index] // flops[-1]
             self.count(done - counted)
             counted = done
 

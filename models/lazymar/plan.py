@@ -165,7 +165,7 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     """Combine a schedule with a cache policy. Without a policy the plan is the baseline: everything is computed."""
     policy = policy or NO_CACHE
     num_iter, num_rows = len(schedule.steps), buffer_size + schedule.seq_len
-    known = [0, *itertools.accumulate(step.num_tokens for step in schedule.steps)]
+    known = [*itertools.accumulate((step.num_tokens for step in schedule.steps), initial=len(schedule.known))]
     num_branches = 2 if any(step.cfg > 1 for step in schedule.steps) else 1
     condition_cache = policy.condition_cache and num_branches == 2
     lazy_branches = 1 if condition_cache and policy.condition_interval is None else num_branches

@@ -24,12 +24,14 @@ SAMPLER_VERSION = 1
 
 
 class SampledStep(NamedTuple):
-    """A finished step: its plan, the conditions [2B or B, k, D] (ascending positions) and the tokens [B, k, C] it made.
+    """A finished step: its plan, the positions [B, k] (ascending), the conditions [2B or B, k, D] and the tokens
+    [B, k, C] it made.
 
     The next step may overwrite them.
     """
 
     step: Step
+    positions: Tensor
     conditions: Tensor
     tokens: Tensor
 
@@ -68,7 +70,8 @@ class Sampler:
         self,
         class_labels: Tensor,
         noise: Noise | None = None,
-        on_step: Callable[[Step], object] | None = None,
+        on_step: Callable[[SampledStep], object] | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """Return latents [B, C, h, w] for classes [B], at unit scale: the VAE's latents times the preset's scale.
 
@@ -77,16 +80,18 @@ class Sampler:
         Args:
             noise:   the source of randomness; None: `ImageNoise` of seed 0 and images 0..B-1.
             on_step: is called with each step once its work is queued on the device.
+            known:   latents [B, C, h, w] at unit scale, whose tokens at the plan's known positions are kept as they
+                     are; the others are not read. Needed if the plan has known positions, and only then.
 
         Raises:
             ValueError: an argument has the wrong shape or range; the message names it.
         """
         try:
-            return self._sample(class_labels, noise, on_step)
+            return self._sample(class_labels, noise, on_step, known)
         except CaptureError as error:
             warnings.warn(f"CUDA graphs are not used, because capturing them failed: {error}", stacklevel=2)
         self.drop_graphs()
-        return self._sample(class_labels, noise, on_step)
+        return self._sample(class_labels, noise, on_step, known)
 
     def drop_graphs(self) -> None:
         """Free the captured graphs and the caches, and run eagerly from now on."""
@@ -99,11 +104,12 @@ class Sampler:
     def warm_up(self, batch_size: int) -> None:
         """Do the one-time work of batches of this size: two batches on a GPU, which captures graphs; else one step."""
         labels = torch.zeros(batch_size, dtype=torch.long)
+        latents = self.empty_latents(batch_size).zero_()
         while not self.is_warm(batch_size):
             if self.make_capture is not None:
-                self(labels)
+                self(labels, known=latents if self.plan.schedule.known else None)
             else:
-                next(self.steps(labels, None, self.empty_latents(batch_size)))
+                next(self.steps(labels, None, latents))
 
     def empty_latents(self, batch_size: int) -> Tensor:
         """Return uninitialized latents [B, C, h, w]."""
@@ -114,15 +120,28 @@ class Sampler:
         """Return the noise of a run's images [B], given their numbers, drawn on the model's device."""
         return ImageNoise(self.model, seed, indices, self.num_draws - 1, self.device)
 
-    def _sample(self, class_labels: Tensor, noise: Noise | None, on_step: Callable[[Step], object] | None) -> Tensor:
+    def _sample(
+        self,
+        class_labels: Tensor,
+        noise: Noise | None,
+        on_step: Callable[[SampledStep], object] | None,
+        known: Tensor | None,
+    ) -> Tensor:
         latents = self.empty_latents(len(class_labels))
+        if (known is not None) != bool(self.plan.schedule.known):
+            raise ValueError("known must be given if the plan has known positions, and only then")
+        if known is not None:
+            if known.shape != latents.shape:
+                raise ValueError(f"known must be latents {list(latents.shape)}, not {list(known.shape)}")
+            latents.copy_(known)
         for sampled in self.steps(class_labels, noise, latents):
             if on_step is not None:
-                on_step(sampled.step)
+                on_step(sampled)
         return latents
 
     def steps(self, class_labels: Tensor, noise: Noise | None, latents: Tensor) -> Iterator[SampledStep]:
-        """Sample like a call, one step at a time; `latents` [B, C, h, w] is filled after the last step."""
+        """Sample like a call, one step at a time; `latents` [B, C, h, w] brings the known tokens, if the plan has some,
+        and is filled after the last step."""
         model = self.model
         if class_labels.ndim != 1 or len(class_labels) < 1 or class_labels.is_floating_point():
             raise ValueError("class_labels must be a LongTensor [B] of at least one label")
@@ -146,6 +165,8 @@ class Sampler:
             self.state = _State(self, num_images)
         state = self.state
         tokens = torch.zeros(*positions.shape, self.model.token_dim, dtype=self.dtype, device=self.device)
+        if known := len(self.plan.schedule.known):
+            tokens[:, :known] = self.model.patchify(latents)[:, positions[0, :known]]
         state.transformer.begin(class_labels, positions)
         for step in self.plan:
             draws = noise.draw(step.index, step.num_tokens)
@@ -155,21 +176,24 @@ class Sampler:
             draws = draws[: step.num_draws].to(self.device, self.dtype)
             conditions = state.conditions(step, tokens)
             tokens[:, step.predicted] = state.denoise(step, conditions, draws, self.guidance[step.index])
-            yield SampledStep(step, conditions, tokens[:, step.predicted])
+            yield SampledStep(step, positions[:, step.predicted], conditions, tokens[:, step.predicted])
         state.end_batch()
         in_raster_order = torch.empty_like(tokens).scatter_(1, positions[..., None].expand_as(tokens), tokens)
         latents.copy_(self.model.unpatchify(in_raster_order))
 
     def positions(self, orders: Tensor) -> Tensor:
-        """Return the positions [B, L] of the tokens in order of prediction; those of one step are ascending.
+        """Return the positions [B, L] of the tokens in order of prediction; those known from the start, and those of
+        one step, are ascending.
 
         Tokens are kept in this order, so that all tokens that a step needs are a slice.
         """
-        order = orders.flip(1)
-        if self.plan.schedule.stages is not None:
-            stages = torch.tensor(self.plan.schedule.stages, device=self.device)
-            order = order.gather(1, stages[order].argsort(dim=1, stable=True))
-        return torch.cat([order[:, step.predicted].sort(dim=1).values for step in self.plan], dim=1)
+        order, stages, known = orders.flip(1), self.plan.schedule.stages, self.plan.schedule.known
+        if stages or known:
+            ranks = torch.tensor(stages or [0] * self.model.seq_len, device=self.device)
+            ranks[list(known)] = -1
+            order = order.gather(1, ranks[order].argsort(dim=1, stable=True))
+        ranges = [slice(0, len(known)), *(step.predicted for step in self.plan)]
+        return torch.cat([order[:, each].sort(dim=1).values for each in ranges], dim=1)
 
 
 class _State:

@@ -55,6 +55,7 @@ class Schedule:
                 random order where it is equal. None: in random order.
         rank:   scores tokens [B, k] by their conditions [B, k, D]; of several chains, the first takes the tokens with
                 the highest scores. Needed only where a step has several chains.
+        known:  positions of the tokens that are known from the start, ascending; the steps predict the others.
 
     Raises ValueError for a step without tokens, and for a CFG scale below 1.
     """
@@ -62,6 +63,7 @@ class Schedule:
     steps: tuple[ScheduledStep, ...]
     stages: tuple[int, ...] | None = None
     rank: Callable[[Tensor], Tensor] | None = None
+    known: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for number, step in enumerate(self.steps):
@@ -72,7 +74,7 @@ class Schedule:
     @property
     def seq_len(self) -> int:
         """Number of tokens per image."""
-        return sum(step.num_tokens for step in self.steps)
+        return len(self.known) + sum(step.num_tokens for step in self.steps)
 
 
 def mar_schedule(
@@ -83,8 +85,9 @@ def mar_schedule(
     cfg: float | Sequence[float] = 3.25,
     cfg_schedule: str = "linear",
     num_sampling_steps: int | SolverSteps = 100,
+    known: Sequence[int] = (),
 ) -> Schedule:
-    """Return MAR's schedule over `seq_len` tokens.
+    """Return MAR's schedule over `seq_len` tokens, or over those of them that are missing.
 
     Args:
         num_iter:           autoregressive steps.
@@ -92,10 +95,12 @@ def mar_schedule(
         cfg:                the CFG scale (1: no guidance), or one for each step.
         cfg_schedule:       "linear" grows from 1 to `cfg` with the number of known tokens; "constant" does not.
         num_sampling_steps: denoising steps of each chain, or a few-step solver.
+        known:              positions of the tokens that are known from the start.
 
     Raises ValueError, naming the argument, for one that is out of range.
     """
-    counts = cosine_counts(seq_len, num_iter) if tokens_per_step is None else given_counts(seq_len, tokens_per_step)
+    missing = seq_len - len(known)
+    counts = cosine_counts(missing, num_iter) if tokens_per_step is None else given_counts(missing, tokens_per_step)
     scales = list(cfg) if isinstance(cfg, Sequence) else cfg_scales(counts, cfg, cfg_schedule)
     if len(scales) != len(counts):
         raise ValueError(f"cfg must be one scale, or one for each of {len(counts)} steps, not {len(scales)}")
@@ -104,7 +109,7 @@ def mar_schedule(
     else:
         timesteps, solver = tuple(reversed(respaced_timesteps(num_sampling_steps))), None
     chains = [(Chain(timesteps, count, solver),) for count in counts]
-    return Schedule(tuple(map(ScheduledStep, scales, chains)))
+    return Schedule(tuple(map(ScheduledStep, scales, chains)), known=tuple(known))
 
 
 def given_counts(seq_len: int, tokens_per_step: Sequence[int]) -> list[int]:

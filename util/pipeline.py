@@ -1,0 +1,282 @@
+"""`MARPipeline`: from class labels to images, and inpainting, after the conventions of Hugging Face's diffusers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from models import MAR, PRESETS, AutoencoderKL, Method, Plan, Preset, Sampler
+from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.plan import Step
+from models.lazymar.sampler import SampledStep
+from models.methods import with_settings
+from util.errors import InputError
+from util.images import decode, encode, to_pixels
+from util.memory import retry_eagerly
+from util.weights import load_model
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class PipelineOutput(NamedTuple):
+    """What a call of the pipeline returns.
+
+    images:  a list of PIL images; or floats from 0 to 1, an array [B, H, W, 3] or a tensor [B, 3, H, W]; or latents
+             [B, C, h, w] at unit scale.
+    plan:    what was computed at each step.
+    flops:   FLOPs of sampling one image, without the VAE.
+    seconds: of the whole batch, with the VAE.
+    """
+
+    images: Any
+    plan: Plan
+    flops: Flops
+    seconds: float
+
+
+Callback = Callable[["MARPipeline", int, Step, Mapping[str, Tensor]], object]
+
+
+class MARPipeline:
+    """A model and its VAE, ready to make images. The sampler of the last call is kept, so that the same call is warm.
+
+    `plan` is that of the last call, or of the call that is going on.
+
+    Args:
+        model:  the network.
+        vae:    the autoencoder whose latents it makes.
+        preset: describes both.
+    """
+
+    def __init__(self, model: MAR, vae: AutoencoderKL, preset: Preset) -> None:
+        self.model, self.vae, self.preset = model, vae, preset
+        self.plan: Plan | None = None
+        self._sampler: Sampler | None = None
+        self._sampler_settings: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        preset: str | None = None,
+        vae_path: str | os.PathLike | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> MARPipeline:
+        """Load a preset's weights; or those of a file, or of a folder with `checkpoint-last.pth`, that fit a preset.
+
+        Args:
+            name_or_path: a key of `PRESETS`, or a path if `preset` is given.
+            preset:       a key of `PRESETS`, whose network the weights are of.
+            vae_path:     file of the VAE's weights; default: the preset's.
+            device:       default: a GPU where there is one, else the CPU.
+            dtype:        default: bfloat16 on devices that compute in it, else float32.
+            overrides:    constructor fields of `MAR` that replace the preset's, such as `class_num`.
+
+        Raises ValueError for an unknown preset, and for weights that are missing, damaged or another network's.
+        """
+        name = str(name_or_path) if preset is None else preset
+        if name not in PRESETS:
+            path = " or, for a path to weights, give preset= too" if preset is None else ""
+            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}{path}")
+        paths = {"weights": None if preset is None else name_or_path, "vae_weights": vae_path}
+        try:
+            return cls(*load_model(name, device, dtype, **paths, **overrides), PRESETS[name])
+        except InputError as error:
+            raise ValueError(str(error)) from error
+
+    def sampler(self, plan: Plan, *, temperature: float = 1.0, cuda_graphs: bool = True) -> Sampler:
+        """Return the sampler of a plan; that of the last call if its settings were the same."""
+        settings = plan, temperature, cuda_graphs
+        if self._sampler is None or self._sampler_settings != settings:
+            self._sampler = None  # free its memory first
+            self._sampler = Sampler(self.model, plan, temperature=temperature, cuda_graphs=cuda_graphs)
+            self._sampler_settings = settings
+        return self._sampler
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images [B, 3, H, W] float32, of about [-1, 1], of latents [B, C, h, w] at unit scale."""
+        return decode(self.vae, latents / self.preset.latent_scale)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return latents [B, C, h, w] at unit scale, the posterior's mean, of images [B, 3, H, W] in [-1, 1]."""
+        return encode(self.vae, images.to(self.model.mask_token.device)) * self.preset.latent_scale
+
+    def __call__(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        image: Any = None,
+        mask_image: Any = None,
+        method: Method | str = "mar",
+        cfg: float | None = None,
+        cfg_schedule: str = "linear",
+        temperature: float = 1.0,
+        seed: int = 0,
+        image_numbers: Sequence[int] | None = None,
+        num_images_per_label: int = 1,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> PipelineOutput:
+        """Make a batch of images of the given classes; with an image and a mask, repaint the masked part of the image.
+
+        The same seed, settings and image numbers give the images of `eval.py`.
+
+        Args:
+            labels:               class numbers.
+            image:                to inpaint: a PIL image; an array [H, W, 3] or [N, H, W, 3]; a tensor [3, H, W] or
+                                  [N, 3, H, W]; or a list of them. Integers are from 0 to 255, floats from 0 to 1. One
+                                  for all labels, or one each.
+            mask_image:           one mask for all images: a PIL image, an array or a tensor [H, W]. White is repainted;
+                                  every other pixel keeps the image's value.
+            method:               a `Method` or its name, such as "lazymar" or "fast".
+            cfg:                  scale of classifier-free guidance; default: the preset's.
+            cfg_schedule:         "linear" or "constant".
+            temperature:          scale of the denoising steps' noise.
+            seed:                 of all random numbers.
+            image_numbers:        [B] numbers of the images in the run, each with noise of its own; default: 0 to B - 1.
+            num_images_per_label: images of each label; they follow one another.
+            output_type:          "pil", "np", "pt" or "latent"; see `PipelineOutput`.
+            callback_on_step_end: is called as f(pipe, index, step, tensors) after each step, with the step's plan and
+                                  `tensors["latents"]` [B, C, h, w], which are zero at unknown tokens, and
+                                  `tensors["known"]`, a BoolTensor [B, L]. An exception that it raises ends the call.
+            progress:             show a progress bar.
+            settings:             fields of `Method` that replace the method's, such as `num_iter=32`.
+
+        Raises ValueError, naming the argument, for one that is out of range.
+        """
+        start = time.perf_counter()
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, not {num_images_per_label}")
+        class_labels = torch.as_tensor(labels).reshape(-1).cpu()
+        classes, is_integer = range(self.model.class_num), class_labels.dtype in (torch.int32, torch.int64)
+        if not (len(class_labels) and is_integer and all(label in classes for label in class_labels.tolist())):
+            raise ValueError(f"labels must be class numbers from 0 to {classes[-1]}, not {labels}")
+        class_labels = class_labels.long().repeat_interleave(num_images_per_label)
+        numbers = range(len(class_labels)) if image_numbers is None else image_numbers
+        if len(numbers) != len(class_labels):
+            raise ValueError(f"image_numbers must be {len(class_labels)} numbers, not {len(numbers)}")
+        if (image is None) != (mask_image is None):
+            raise ValueError("image and mask_image must be given together")
+        known = latents = None
+        if image is not None:
+            original = self._read_images(image, len(class_labels), num_images_per_label)
+            repainted, known = self._read_mask(mask_image)
+            latents = self.encode(original)
+        cfg = self.preset.cfg if cfg is None else cfg
+        plan = with_settings(self.model, method, settings).plan(
+            self.model, cfg=cfg, cfg_schedule=cfg_schedule, known=known
+        )
+        self.plan, sampler = plan, self.sampler(plan, temperature=temperature)
+        with tqdm(total=len(plan), disable=not progress, unit="step") as bar:
+            follow = self._follow(bar, callback_on_step_end, len(class_labels), latents, known)
+            noise = sampler.noise(seed, numbers)
+            made = retry_eagerly(sampler, sampler, class_labels, noise, follow, latents)
+        if not made.isfinite().all():
+            raise ValueError("the latents are not finite: try dtype=torch.float32, or other weights")
+        images: Any = made
+        if output_type != "latent":
+            images = retry_eagerly(sampler, self.decode, made)
+            if image is not None:
+                images = torch.where(repainted.to(images.device), images, original.to(images.device))
+            images = as_type(images, output_type)
+        flops = Flops.of_steps(flops_per_step(self.model, plan))
+        return PipelineOutput(images, plan, flops, time.perf_counter() - start)
+
+    def _follow(
+        self, bar: tqdm, callback: Callback | None, num_images: int, latents: Tensor | None, known: Tensor | None
+    ) -> Callable[[SampledStep], None]:
+        """Return a function that counts each step, and calls the callback with what is known after it."""
+        model = self.model
+        shape = num_images, model.seq_len
+        is_known = torch.zeros(shape, dtype=torch.bool) if known is None else known.flatten().repeat(num_images, 1)
+        is_known = is_known.to(model.mask_token.device)
+        tokens = torch.zeros(*shape, model.token_dim, device=is_known.device)
+        if latents is not None:
+            tokens = model.patchify(latents).float() * is_known[..., None]
+
+        def on_step(sampled: SampledStep) -> None:
+            bar.update()
+            if callback is not None:
+                positions = sampled.positions
+                is_known.scatter_(1, positions, True)
+                tokens.scatter_(1, positions[..., None].expand_as(sampled.tokens), sampled.tokens.to(tokens.dtype))
+                tensors = {"latents": model.unpatchify(tokens), "known": is_known.clone()}
+                callback(self, sampled.step.index, sampled.step, tensors)
+
+        return on_step
+
+    def _read_images(self, image: Any, batch_size: int, repeats: int) -> Tensor:
+        """Return the images to inpaint as [B, 3, H, W] in [-1, 1]."""
+        images = torch.cat([as_images(each) for each in (image if isinstance(image, (list, tuple)) else [image])])
+        self._check_size(images, "image")
+        if len(images) not in (1, batch_size // repeats):
+            raise ValueError(f"image must be one for all labels or one for each, not {len(images)} images")
+        images = images.repeat_interleave(repeats, dim=0) if len(images) > 1 else images.repeat(batch_size, 1, 1, 1)
+        return 2 * images - 1
+
+    def _read_mask(self, mask_image: Any) -> tuple[Tensor, Tensor]:
+        """Return which pixels are repainted, [H, W], and which tokens they do not touch, [L]."""
+        white = unit_scale(np.asarray(mask_image.convert("L")) if isinstance(mask_image, Image.Image) else mask_image)
+        white = (white.squeeze() if white.ndim > 2 else white) >= 0.5
+        if white.ndim != 2:
+            raise ValueError(f"mask_image must be one mask [H, W] for all images, not {list(white.shape)}")
+        self._check_size(white, "mask_image")
+        if not white.any():
+            raise ValueError("mask_image is empty: paint what is to be repainted white")
+        touched = F.max_pool2d(white[None].float(), self.model.img_size // self.model.grid_size).flatten() > 0
+        if touched.all():
+            raise ValueError("mask_image is full: leave some tokens out, or leave image and mask_image out")
+        return white, ~touched
+
+    def _check_size(self, images: Tensor, name: str) -> None:
+        size, (height, width) = self.model.img_size, images.shape[-2:]
+        if (height, width) != (size, size):
+            raise ValueError(f"{name} must be {size} x {size} pixels, the model's image size, not {width} x {height}")
+
+
+def unit_scale(values: Any) -> Tensor:
+    """Return an array's or a tensor's values as float32 from 0 to 1; integers are from 0 to 255.
+
+    Raises ValueError for floats of another range.
+    """
+    values = torch.as_tensor(np.array(values) if not isinstance(values, Tensor) else values.detach().cpu())
+    scaled = values.float() if values.is_floating_point() or values.dtype == torch.bool else values.float() / 255
+    if not (scaled.numel() and scaled.min() >= 0 and scaled.max() <= 1):
+        raise ValueError("image and mask_image must hold integers from 0 to 255, or floats from 0 to 1")
+    return scaled
+
+
+def as_images(image: Any) -> Tensor:
+    """Return a PIL image, an array [H, W, 3] or [N, H, W, 3], or a tensor [3, H, W] or [N, 3, H, W], as floats
+    [N, 3, H, W] from 0 to 1. Raises ValueError for another shape or range."""
+    values = unit_scale(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    values = values if values.ndim == 4 else values[None]
+    if not isinstance(image, Tensor) and values.ndim == 4:
+        values = values.permute(0, 3, 1, 2)
+    if values.ndim != 4 or values.shape[1] != 3:
+        raise ValueError(f"image must have 3 channels, [H, W, 3] or as a tensor [3, H, W], not {list(image.shape)}")
+    return values
+
+
+def as_type(images: Tensor, output_type: str) -> Any:
+    """Return images [B, 3, H, W] of about [-1, 1] as `output_type` "pil", "np" or "pt"; see `PipelineOutput`."""
+    if output_type == "pil":
+        return [Image.fromarray(pixels) for pixels in to_pixels(images)]
+    images = (images / 2 + 0.5).clamp(0, 1)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
