@@ -124,7 +124,7 @@ def make_page() -> Any:
     picture = partial(gr.Image, buttons=["download"])
 
     def make(name, label, method, cfg, seed, beside, editor=False):
-        lines: list[str] = []
+        lines = []
         yield None, None, None, ""
         try:
             images = {} if editor is False else read_editor(editor, PRESETS[name].architecture["img_size"])
@@ -155,7 +155,7 @@ def make_page() -> Any:
         name.change(lambda name: PRESETS[name].cfg, name, cfg, api_visibility="private")
         for title in ("Generate", "Inpaint"):
             with gr.Tab(title):
-                inputs = [name, label, method, cfg, seed, beside]
+                inputs: list[Any] = [name, label, method, cfg, seed, beside]
                 if title == "Inpaint":
                     brush = gr.Brush(colors=["#ff4040"], default_size=40)
                     editor = gr.ImageEditor(type="pil", label="Paint over what is to be made anew", brush=brush)
