@@ -189,9 +189,10 @@ class Sampler:
         """
         order, stages, known = orders.flip(1), self.plan.schedule.stages, self.plan.schedule.known
         if stages or known:
-            ranks = torch.tensor(stages or [0] * self.model.seq_len, device=self.device)
-            ranks[list(known)] = -1
-            order = order.gather(1, ranks[order].argsort(dim=1, stable=True))
+            ranks = list(stages or [0] * self.model.seq_len)
+            for position in known:
+                ranks[position] = -1
+            order = order.gather(1, torch.tensor(ranks, device=self.device)[order].argsort(dim=1, stable=True))
         ranges = [slice(0, len(known)), *(step.predicted for step in self.plan)]
         return torch.cat([order[:, each].sort(dim=1).values for each in ranges], dim=1)
 
