@@ -1,7 +1,8 @@
-"""eval.py in processes of its own, forked from one that has imported PyTorch already, as a job of several ranks."""
+"""A job of several ranks of eval.py or reproduce.py, in processes forked from one that has imported PyTorch."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-import eval as program
 from models import PRESETS, AutoencoderKL, create_model
 from util.processes import launch
 from util.weights import save_safetensors
@@ -19,14 +19,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["eval"])
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _rank(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment, OMP_NUM_THREADS="1")
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.argv = ["eval.py", *arguments]
+    sys.argv = [f"{program}.py", *arguments]
     torch.set_num_threads(1)
-    code = launch(program.main)
+    code = launch(importlib.import_module(program).main)
     sys.stdout.flush()
     os._exit(code)  # what a rank leaves to the interpreter's shutdown is not what is tested here
 
@@ -56,11 +56,12 @@ def free_port() -> int:
 class Ranks:
     """A running job. `log` collects what its ranks print."""
 
-    def __init__(self, arguments: list[str], log: Path, world_size: int = 1) -> None:
+    def __init__(self, arguments: list[str], log: Path, world_size: int = 1, program: str = "eval") -> None:
         self.log = log
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         environments = [{**address, "RANK": str(rank)} for rank in range(world_size)] if world_size > 1 else [{}]
-        self.processes = [CONTEXT.Process(target=_rank, args=(arguments, env, str(log))) for env in environments]
+        work = [(program, arguments, environment, str(log)) for environment in environments]
+        self.processes = [CONTEXT.Process(target=_rank, args=each) for each in work]
         for process in self.processes:
             process.start()
 

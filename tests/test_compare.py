@@ -40,13 +40,11 @@ def rows(capsys) -> dict[str, list[str]]:
 def test_the_table_shows_ratios_and_the_picture_pairs_of_the_same_seed(tmp_path, capsys):
     better = {**FASHION, "fid_fashion_classifier": 11.0}
     runs = make_run(tmp_path / "a"), make_run(tmp_path / "b", better, shade=100, sampling_seconds=0.25)
-    picture = tmp_path / "pairs.png"
-    assert compare.main([*runs, "--output", str(picture)]) == 0
+    assert compare.main([*runs, "--output", str(tmp_path / "pairs.png")]) == 0
     table = rows(capsys)
     assert table["FID*"] == ["10.0000", "11.0000", "1.10"]
     assert table["sampling, s per image"] == ["1.000", "0.250", "0.25"] and "with decoding, s per image" not in table
-    pixels = np.array(Image.open(picture))
-    cell = 64 + 2  # 32 pixels are enlarged to 64, with a gap of 2
+    pixels, cell = np.array(Image.open(tmp_path / "pairs.png")), 64 + 2  # 32 pixels enlarged to 64, and a gap of 2
     assert [pixels[row * cell + 10, 10, 0] for row in range(3)] == [0, 100, 10]
 
 
@@ -74,14 +72,14 @@ def test_runs_that_do_not_compare_are_refused(other, message, tmp_path, capsys):
 
 
 def test_what_is_no_finished_run_and_a_picture_that_cannot_be_written_are_named(tmp_path, capsys):
+    def refusal(*arguments: object) -> str:
+        assert compare.main([*map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
     run = make_run(tmp_path / "a")
-    (tmp_path / "unfinished").mkdir()
-    for other in (tmp_path / "unfinished", tmp_path / "a" / "metrics.json", tmp_path / "nowhere"):
-        assert compare.main([run, str(other)]) == 2
-        assert f"{other}/metrics.json does not exist: name a run's folder" in capsys.readouterr().err
-    assert compare.main([run, run, "--output", str(tmp_path)]) == 2
-    assert f"cannot write {tmp_path}" in capsys.readouterr().err
+    for other in (tmp_path, tmp_path / "a" / "metrics.json", tmp_path / "nowhere"):
+        assert f"{other}/metrics.json does not exist: name a run's folder" in refusal(run, other)
+    assert f"cannot write {tmp_path}" in refusal(run, run, "--output", tmp_path)
     for file in (tmp_path / "a" / "images").iterdir():
         file.unlink()
-    assert compare.main([run, run, "--output", str(tmp_path / "pairs.png")]) == 2
-    assert "share no images: run both with --save_images" in capsys.readouterr().err
+    assert "share no images: run both with --save_images" in refusal(run, run, "--output", tmp_path / "pairs.png")

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,37 +17,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import CONTEXT, free_port
+from ranks import Ranks
 
 import reproduce as program
 from models import PRESETS, CachePolicy, create_model, find_method, make_plan, mar_schedule
 from models.presets import MAR_MODELS
-from util.condition_errors import make_teacher
 from util.errors import InputError
 from util.folder import open_finished
 from util.processes import launch
-from util.redundancy import measure_redundancy, trace
+from util.redundancy import trace
 from util.report import figures
 from util.report.results import Row, compare
 from util.study import ABLATIONS, METHODS_COMPARED, Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
-SMALL = [
+SMALL = (
     *("--models", "mar_tiny", "--num_images", "12", "--eval_bsz", "6", "--num_iter", "7"),
     *("--num_sampling_steps", "2", "--device", "cpu", "--dtype", "float32"),
-]
-COMPARED = [
-    "--ablations",
-    "caches",
-    "selection",
-    "--ablation_images",
-    "2",
-    "--method",
-    "mar",
-    "lazymar",
-    "lateguidance",
-]
+)
+COMPARED = (
+    *("--ablations", "caches", "selection", "--ablation_images", "2"),
+    *("--method", "mar", "lazymar", "lateguidance"),
+)
 PICTURES = {"errors_mar_tiny", "frontier", "redundancy_mar_tiny", "rows_by_step", "side_by_side_mar_tiny"}
 
 
@@ -80,20 +71,19 @@ def copy(whole, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
-        (["--models", "mar_giant"], ["--models", "mar_giant", *PRESETS]),
-        (["--ablations", "colour"], ["--ablations", "colour", *ABLATIONS, "none"]),
-        (["--method", "foo"], ["--method 'foo' is unknown"]),
-        (["--method", "lazymar+recap"], ["--method lazymar+recap cannot be"]),
-        (["--num_iter", "300"], ["--num_iter"]),
-        (["--num_iter", "20"], ["--ablations start_step: with 20, none of 20 steps is lazy"]),
+        ("--models mar_giant", "mar_giant"),
+        ("--ablations colour", "colour"),
+        ("--method foo", "--method 'foo' is unknown"),
+        ("--num_iter 300", "--num_iter"),
+        ("--ablations start_step --num_iter 20", "--ablations start_step: with 20, none of 20 steps is lazy"),
     ],
 )
-def test_bad_input_is_one_sentence_that_names_the_flag(arguments, named):
-    with pytest.raises(InputError) as caught:
-        study(*arguments)
-    assert all(name in str(caught.value) for name in named)
+def test_bad_input_is_one_sentence_that_names_the_flag(arguments, message):
+    with pytest.raises(InputError) as refused:
+        study(*arguments.split())
+    assert arguments.split()[0] in str(refused.value) and message in str(refused.value)
 
 
 def test_a_study_is_commands_of_eval():
@@ -156,25 +146,14 @@ def test_a_model_without_weights_is_skipped_with_a_note(tmp_path, monkeypatch, c
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == []
 
 
-def _rank(arguments: list[str], rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
-    torch.set_num_threads(1)
-    sys.argv = ["reproduce.py", *arguments]
-    os._exit(launch(program.main))
-
-
-def test_two_processes_share_the_runs(tmp_path, whole):
-    arguments = [*SMALL, "--ablations", "none", "--method", "none", "--output_dir", str(tmp_path)]
-    port = free_port()
-    ranks = [CONTEXT.Process(target=_rank, args=(arguments, rank, port)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+def test_two_processes_share_the_runs(copy, tmp_path, whole):
+    shutil.rmtree(copy / "mar_tiny" / "lazymar")
+    (copy / "report.html").unlink()
+    job = Ranks([*SMALL, *COMPARED, "--output_dir", str(copy)], tmp_path / "log", 2, program="reproduce")
+    assert job.wait() == [0, 0], job.log.read_text()
     name = "mar_tiny/lazymar/images/000011.png"
-    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert (tmp_path / "report.html").exists()
+    assert (copy / name).read_bytes() == (whole / name).read_bytes()
+    assert (copy / "report.html").exists()
 
 
 def test_a_dry_run_shows_costs_beside_the_papers_within_one_gigabyte(tmp_path):
@@ -222,17 +201,6 @@ def test_traced_features_are_the_networks():
             rows = features.output[:2, model.buffer_size + start :]
             torch.testing.assert_close(model.conditions(rows, order[:, start:]), expected, rtol=1e-4, atol=1e-5)
             assert features.values.shape == (2, plan.num_rows, 2, 64)
-
-
-def test_redundancy_tells_changed_rows_from_others():
-    torch.manual_seed(0)
-    model = create_model("mar_tiny", img_size=16)
-    schedule = mar_schedule(model.seq_len, num_iter=12, cfg=3.0, num_sampling_steps=2)
-    found = measure_redundancy(model, make_teacher(model, schedule, torch.arange(2)))
-    just_predicted, _, others = np.mean(found["change"], axis=0)
-    assert just_predicted > 0.1 > others >= 0
-    errors = np.array(found["errors"])
-    assert errors.shape == (9, 2) and (errors[0] < errors[-1]).all()
 
 
 # The page
@@ -283,10 +251,9 @@ def test_the_page_loads_in_a_browser(whole, tmp_path):
         pytest.skip("no Chromium on this machine: the page was not opened in a browser")
     text = (whole / "report.html").read_text()
     # The script that looks at the page is the only one that its policy lets run, in a copy.
+    text = text.replace("img-src", "script-src 'unsafe-inline'; img-src").replace("</body>", CHECK + "</body>")
     checked = tmp_path / "checked.html"
-    checked.write_text(
-        text.replace("img-src", "script-src 'unsafe-inline'; img-src").replace("</body>", CHECK + "</body>")
-    )
+    checked.write_text(text)
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --enable-logging=stderr "

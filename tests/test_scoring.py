@@ -42,15 +42,13 @@ def test_class_subfolders_are_read_whole(images, folders, tmp_path, capsys):
         (tmp_path / "nested" / f"n{index % 3}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "nested" / f"n{index % 3}" / f"{index:03d}.PNG")
     (tmp_path / "nested" / "classes.txt").write_text("no image")
-    whole = evaluate(folders[0], folders[1], tmp_path / "whole.json", "--kid", *FASHION)
+    whole = evaluate(folders[0], folders[1], *FASHION)
     assert run_score("statistics", tmp_path / "nested", "--output", tmp_path / "real.npz", *FASHION) == 0
     printed = capsys.readouterr().out
     assert "30 images of" in printed and "1 in all" in printed and "nested/classes.txt" in printed
     for real_images in (tmp_path / "nested", tmp_path / "real.npz"):
-        found = evaluate(folders[0], real_images, tmp_path / "nested.json", *FASHION)
+        found = evaluate(folders[0], real_images, *FASHION)
         assert math.isclose(found["fid_fashion_classifier"], whole["fid_fashion_classifier"], rel_tol=1e-6)
-    found = evaluate(tmp_path / "nested", folders[1], tmp_path / "own.json", *FASHION)
-    assert found["num_images"] == 30 and abs(found["fid_fashion_classifier"]) < 1e-4
 
     write_images(tmp_path / "nested" / "extra" / "deep", generated[:1])
     assert "holds 30 images such as" in refusal(capsys, "export", tmp_path / "nested", "--output", tmp_path / "x.npz")
@@ -92,17 +90,14 @@ def test_pixels_that_8_bit_rgb_cannot_hold_are_refused_by_name(tmp_path, images,
         assert f"{name}/004.png cannot be read as 8-bit RGB without loss" in error, name
 
 
-def test_images_without_loss_are_read_as_they_are(tmp_path, images):
+def test_images_without_loss_are_read_as_they_are_whole_and_in_order(tmp_path, folders, images):
     rgb = Image.fromarray(images[1][0].permute(1, 2, 0).numpy())
     for name, image in {"L": rgb.convert("L"), "P": rgb.quantize(256), "RGBA": rgb.convert("RGBA")}.items():
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "a.png")
         (batch,) = open_images(tmp_path / name).batches(5)
         assert torch.equal(batch[0], images[1][0]), name
-
-
-def test_batches_hold_every_image_once_and_in_order(folders, images):
-    for size in (1, 5, 12, 24, 50):
+    for size in (1, 5, 24, 50):
         batches = list(open_images(folders[0]).batches(size))
         assert max(map(len, batches)) == min(size, 24) and torch.equal(torch.cat(batches), images[0])
 
@@ -111,8 +106,8 @@ def test_batches_hold_every_image_once_and_in_order(folders, images):
 
 
 def test_statistics_come_back_as_saved_and_the_same_sample_is_drawn(folders, tmp_path):
-    for name, keep in (("first.npz", 9), ("second.npz", 9), ("without.npz", 0)):
-        output = tmp_path / "new_folder" / name
+    for name, keep in (("first", 9), ("second", 9), ("without", 0)):
+        output = tmp_path / "new_folder" / f"{name}.npz"
         assert run_score("statistics", folders[1], "--output", output, "--keep_features", keep, *FASHION) == 0
     first, second, without = (Statistics.load(file, 128) for file in sorted((tmp_path / "new_folder").iterdir()))
     assert first.features.shape == (9, 128) and first.features.dtype == np.float32
@@ -120,21 +115,12 @@ def test_statistics_come_back_as_saved_and_the_same_sample_is_drawn(folders, tmp
     assert without.features is None and without.mu.dtype == without.sigma.dtype == np.float64
 
 
-def test_a_disk_that_is_full_leaves_the_earlier_file(folders, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "stats.npz"
-    Statistics(np.zeros(3), np.eye(3)).save(output)
-    monkeypatch.setattr(np, "savez", mock.Mock(side_effect=OSError(28, "No space left on device")))
-    for command in (["statistics", folders[1], *FASHION], ["export", folders[1]]):
-        assert "No space left on device" in refusal(capsys, *command, "--output", output)
-    assert list(tmp_path.iterdir()) == [output] and (Statistics.load(output, 3).mu == 0).all()
-
-
 def test_mean_and_covariance_in_adms_reference_file_are_taken_as_they_are(arrays, tmp_path, capsys):
     with np.load(arrays[1]) as file:
         np.savez(tmp_path / "adm.npz", arr_0=file["arr_0"], mu=np.full(128, 0.5), sigma=np.eye(128), mu_s=0)
-    output = tmp_path / "stats.npz"
-    assert run_score("statistics", tmp_path / "adm.npz", "--output", output, "--keep_features", 30, *FASHION) == 0
-    statistics = Statistics.load(output, 128, ["precision_recall"])
+    flags = ["--output", tmp_path / "stats.npz", "--keep_features", 30, *FASHION]
+    assert run_score("statistics", tmp_path / "adm.npz", *flags) == 0
+    statistics = Statistics.load(tmp_path / "stats.npz", 128, ["precision_recall"])
     assert (statistics.mu == 0.5).all() and (statistics.sigma == np.eye(128)).all()
     assert "holds mu and sigma, which are taken as they are" in capsys.readouterr().out
 
@@ -188,9 +174,7 @@ def bad(images, tmp_path_factory) -> Path:
         "plain": {"mu": mu, "sigma": sigma},
         "inception": {"mu": np.zeros(2048), "sigma": np.eye(2048)},
         "few": {"mu": mu, "sigma": sigma, "features": np.zeros((3, 128))},
-        "other": {"mu": mu, "sigma": sigma, "features": np.zeros((9, 64))},
         "nan": {"mu": mu * np.nan, "sigma": sigma},
-        "scalar": {"mu": 0, "sigma": sigma},
         "objects": {"mu": np.array([RunsCode()]), "sigma": sigma},
     }.items():
         np.savez(root / f"{name}.npz", **contents)
@@ -203,15 +187,12 @@ def bad(images, tmp_path_factory) -> Path:
     ("generated", "real", "flags", "message"),
     [
         ("three", "", "--precision_recall", "{bad}/three holds 3: add images"),
-        ("", "three", "--precision_recall", "--precision_recall takes at least 4 images"),
         ("", "one", "", "takes at least 2 images; {bad}/one holds 1"),
         ("", "few.npz", "--precision_recall", "few.npz holds features of 3: add images"),
         ("", "plain.npz", "--precision_recall", "it lacks features, for --precision_recall"),
         ("", "plain.npz", "--kid", "statistics FOLDER_OR_NPZ --keep_features 10000 --output FILE"),
         ("", "plain.npz", "--fd_dinov2", "it lacks dinov2_mu, for --fd_dinov2"),
         ("", "inception.npz", "", "mu is [2048], but the features have 128 dimensions"),
-        ("", "other.npz", "--kid", "features is [9, 64], but the features have 128 dimensions"),
-        ("", "scalar.npz", "", "mu is [], but the features have 128 dimensions"),
         ("", "nan.npz", "", "mu holds numbers that are not finite"),
         ("", "numbers.npz", "", "it lacks mu, for FID; it lacks sigma"),
         ("", "objects.npz", "", "objects.npz cannot be used"),
@@ -238,13 +219,17 @@ def test_bad_input_is_one_sentence_before_any_work(generated, real, flags, messa
     assert not any(advice in error for advice in ("allow_pickle", "weights_only", "unsafe"))
 
 
-def test_bad_input_to_the_other_commands_is_refused(bad, folders, capsys):
-    for arguments, message in [
-        (["statistics", folders[1], "--keep_features", 31], "at least 31 images (--keep_features)"),
-        (["statistics", bad / "one"], "at least 2 images"),
-        (["statistics", bad / "plain.npz"], "plain.npz holds no images"),
-        (["statistics", bad / "larger", *FASHION], "takes 32 x 32 RGB images"),
-        (["statistics", bad / "damaged", *FASHION], "damaged/003.png cannot be read as an image"),
-        (["export", bad / "plain.npz"], "plain.npz holds no images"),
-    ]:
-        assert message in refusal(capsys, *arguments, "--output", bad / "out.npz")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("statistics {real} --keep_features 31", "at least 31 images (--keep_features)"),
+        ("statistics {bad}/one", "at least 2 images"),
+        ("statistics {bad}/plain.npz", "plain.npz holds no images"),
+        ("statistics {bad}/larger --features fashion", "takes 32 x 32 RGB images"),
+        ("statistics {bad}/damaged --features fashion", "damaged/003.png cannot be read as an image"),
+        ("export {bad}/plain.npz", "plain.npz holds no images"),
+    ],
+)
+def test_bad_input_to_the_other_commands_is_refused(arguments, message, bad, folders, capsys):
+    command = arguments.format(bad=bad, real=folders[1]).split()
+    assert message in refusal(capsys, *command, "--output", bad / "out.npz")

@@ -79,16 +79,14 @@ def refusal(path: Path, **options) -> str:
 
 
 @BOTH_FORMATS
-def test_ema_weights_are_preferred_and_what_training_keeps_beside_them_is_passed_over(tmp_path, zip_format):
+def test_what_training_keeps_beside_the_weights_is_passed_over(tmp_path, zip_format):
     path = tmp_path / "checkpoint.pth"
     arguments = argparse.Namespace(model="mar_base", blr=None, nested={"a": [1, (2, 3)]}, lr=np.float32(0.1))
     more = {"best_fid": np.float64(2.3), "epoch": np.int64(3), "done": np.bool_(True), "rng": np.random.get_state()}
-    contents = training_checkpoint(args=arguments, **more)
-    torch.save(contents, path, _use_new_zipfile_serialization=zip_format)
+    torch.save(training_checkpoint(args=arguments, **more), path, _use_new_zipfile_serialization=zip_format)
     network = Network()
-    loaded = load_weights(network, path, what="mar_base")
+    assert load_weights(network, path, what="mar_base") == (path, "model_ema", True)
     assert_holds(network, random_weights(2))
-    assert loaded == (path, "model_ema", True)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,6 @@ def test_ema_weights_are_preferred_and_what_training_keeps_beside_them_is_passed
     [
         ({"model": 1, "ema": 2}, "ema"),
         ({"ema": 1, "model_ema": 2, "model": 3}, "model_ema"),
-        ({"model": 1}, "model"),
         ({"state_dict": 1}, "state_dict"),
         ({"model": 1, "ema_decay": {"value": 0.999}, "rng": {"cpu": torch.zeros(3)}}, "model"),
     ],
@@ -111,17 +108,15 @@ def test_the_entry_that_is_taken_is_ema_or_the_only_one_and_is_printed(tmp_path,
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("flat", [True, False])
-def test_the_prefix_of_a_wrapper_is_removed_and_that_is_said(tmp_path, prefix, flat, capsys):
-    path = tmp_path / "weights.pth"
+def test_the_prefix_of_a_wrapper_is_removed_and_that_is_said(tmp_path, prefix, capsys):
+    path, network = tmp_path / "weights.pth", Network()
     weights = {prefix + name: value for name, value in random_weights().items()}
-    torch.save(weights if flat else {"model": weights}, path)
-    network = Network()
-    load_weights(network, path, what="mar_tiny")
-    assert_holds(network, random_weights())
-    assert f"without the prefix {prefix}" in capsys.readouterr().out
-    weights["other"] = torch.zeros(1)
-    torch.save({"model": weights}, path)
+    for contents in (weights, {"model": weights}):
+        torch.save(contents, path)
+        load_weights(network, path, what="mar_tiny")
+        assert_holds(network, random_weights())
+        assert f"without the prefix {prefix}" in capsys.readouterr().out
+    torch.save({**weights, "other": torch.zeros(1)}, path)
     assert "does not fit" in refusal(path)
 
 
@@ -150,7 +145,6 @@ def test_a_meta_module_gets_the_weights_in_a_folder_and_keeps_them_when_the_file
         ("mar_base_ema.safetensors", random_weights(), {}, True),
         ("schema.safetensors", random_weights(), {"schema": "semantic"}, False),
         ("model-ema.pth", random_weights(), None, True),
-        ("checkpoint-last.pth", training_checkpoint(), None, True),
         ("no-ema.pth", {"model": random_weights()}, None, False),
     ],
 )
@@ -163,7 +157,7 @@ def test_ema_weights_are_told_from_others_by_their_entry_name_or_metadata(tmp_pa
 
 
 MEASURE_MEMORY = """
-import os, sys, threading
+import sys, threading
 import torch
 from torch import nn
 from util.weights import load_weights
@@ -173,37 +167,28 @@ def anonymous_megabytes():  # memory of our own: pages of a mapped file can be d
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 def watch():
-    global highest
     while not done.wait(0.0005):
-        highest = max(highest, anonymous_megabytes())
+        seen.append(anonymous_megabytes())
 
-for path in sys.argv[1:]:
-    if os.fork():
-        os.wait()
-        continue
-    with torch.device("meta"):
-        network = nn.Module()
-        network.weights = nn.ParameterList(torch.empty(1 << 20) for _ in range(16))  # 64 MB
-    start, highest, done = anonymous_megabytes(), 0.0, threading.Event()
-    threading.Thread(target=watch, daemon=True).start()
-    load_weights(network, path, what="mar_tiny", device="cpu")
-    print("peak", max(highest, anonymous_megabytes()) - start, flush=True)
-    os._exit(0)
+with torch.device("meta"):
+    network = nn.Module()
+    network.weights = nn.ParameterList(torch.empty(1 << 20) for _ in range(16))  # 64 MB
+done, seen = threading.Event(), [anonymous_megabytes()]
+threading.Thread(target=watch, daemon=True).start()
+load_weights(network, sys.argv[1], what="mar_tiny", device="cpu")
+print("peak", max(*seen, anonymous_megabytes()) - seen[0])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 def test_loading_takes_the_memory_of_the_network_not_of_the_file(tmp_path):
     weights = {f"weights.{i}": torch.full((1 << 20,), float(i)) for i in range(16)}  # 64 MB
-    save_safetensors(weights, tmp_path / "weights.safetensors", {})
     moments = {i: {"exp_avg": value + 1} for i, value in enumerate(weights.values())}
     model = {key: value + 3 for key, value in weights.items()}
     torch.save({"model": model, "model_ema": weights, "optimizer": moments}, tmp_path / "checkpoint.pth")
-    command = [sys.executable, "-c", MEASURE_MEMORY, *map(str, tmp_path.iterdir())]
+    command = [sys.executable, "-c", MEASURE_MEMORY, str(tmp_path / "checkpoint.pth")]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    peaks = [float(line.split()[1]) for line in output.splitlines() if line.startswith("peak")]
-    assert len(peaks) == 2
-    assert all(64 - 4 < peak < 64 + 4 + 8 for peak in peaks), peaks  # one tensor more, and the reader's own
+    assert 64 - 4 < float(output.split()[-1]) < 64 + 4 + 8, output  # one tensor more, and the reader's own
 
 
 def test_a_loaded_model_and_its_vae_make_pixels_of_labels(tmp_path, monkeypatch, capsys):
@@ -233,7 +218,6 @@ def test_another_number_of_classes_and_weights_that_are_not_ema(tmp_path, monkey
 
     monkeypatch.setitem(vars(TINY), "ema_expected", True)
     note = f"note: nothing says that {path} holds EMA weights"
-    assert note not in capsys.readouterr().out
     for rank, printed in ((0, True), (1, False)):
         monkeypatch.setenv("RANK", str(rank))
         load_model("mar_tiny", "cpu", torch.float32, weights=path, class_num=37)
@@ -254,20 +238,16 @@ class Payload:
 
 
 @BOTH_FORMATS
-@pytest.mark.parametrize("name", ["system", "exec", "getattr"])
-@pytest.mark.parametrize("place", ["args", "model_ema", "whole"])
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zip_format, name, place):
+@pytest.mark.parametrize("function", [os.system, builtins.exec])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zip_format, function):
     marker, path = tmp_path / "ran", tmp_path / "evil.pth"
-    payload = {
-        "system": Payload(os.system, f"touch {marker}"),
-        "exec": Payload(builtins.exec, f"open({str(marker)!r}, 'w')"),
-        "getattr": Payload(builtins.getattr, "x"),
-    }[name]
-    contents = payload if place == "whole" else training_checkpoint(**{place: payload})
-    torch.save(contents, path, _use_new_zipfile_serialization=zip_format)
-    message = refusal(path)
-    assert f"{name}, which could run code" in message and f"{path} refers to" in message
-    assert not marker.exists()
+    code = {os.system: f"touch {marker}", builtins.exec: f"open({str(marker)!r}, 'w')"}
+    payload = Payload(function, code[function])
+    for contents in (payload, training_checkpoint(args=payload), training_checkpoint(model_ema=payload)):
+        torch.save(contents, path, _use_new_zipfile_serialization=zip_format)
+        message = refusal(path)
+        assert f"{path} refers to" in message and f"{function.__name__}, which could run code" in message
+        assert not marker.exists()
 
 
 def test_ignored_prefixes_may_hold_anything_and_nothing_else_may(tmp_path):
@@ -279,27 +259,22 @@ def test_ignored_prefixes_may_hold_anything_and_nothing_else_may(tmp_path):
     assert_holds(network, random_weights())
 
 
-NO_NUMBERS = "no usable numbers in mask_token"
-NOT_FINITE = "not finite, in mask_token"
-
-
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("value", "expected"),
     [
-        ({"mask_token": None}, NO_NUMBERS),
-        ({"mask_token": np.zeros((1, 1, 6))}, NO_NUMBERS),
-        ({"mask_token": torch.zeros(1, 1, 6, dtype=torch.int64)}, NO_NUMBERS),
-        ({"mask_token": torch.zeros(1, 1, 6).to(torch.float8_e4m3fn)}, NO_NUMBERS),
-        ({"mask_token": torch.zeros(1, 1, 6).to_sparse()}, NO_NUMBERS),
-        ({"mask_token": torch.full((1, 1, 6), float("nan"))}, NOT_FINITE),
-        ({"mask_token": torch.full((1, 1, 6), float("inf"))}, NOT_FINITE),
-        ({"mask_token": torch.zeros(1, 1, 8)}, "has mask_token [1, 1, 8] for [1, 1, 6]"),
-        ({"blocks.2.weight": torch.zeros(6, 6)}, "has the unknown blocks.2.weight"),
+        (None, "no usable numbers in mask_token"),
+        (np.zeros((1, 1, 6)), "no usable numbers in mask_token"),
+        (torch.zeros(1, 1, 6, dtype=torch.int64), "no usable numbers in mask_token"),
+        (torch.zeros(1, 1, 6).to(torch.float8_e4m3fn), "no usable numbers in mask_token"),
+        (torch.zeros(1, 1, 6).to_sparse(), "no usable numbers in mask_token"),
+        (torch.full((1, 1, 6), float("nan")), "not finite, in mask_token"),
+        (torch.full((1, 1, 6), float("inf")), "not finite, in mask_token"),
+        (torch.zeros(1, 1, 8), "has mask_token [1, 1, 8] for [1, 1, 6]"),
     ],
 )
-def test_entries_that_do_not_fit_are_named(tmp_path, changes, expected):
-    torch.save({"model": {**random_weights(), **changes}}, tmp_path / "weights.pth")
+def test_entries_that_do_not_fit_are_named(tmp_path, value, expected):
+    torch.save({"model": {**random_weights(), "mask_token": value}}, tmp_path / "weights.pth")
     assert expected in refusal(tmp_path / "weights.pth")
 
 
@@ -313,7 +288,6 @@ def test_entries_that_do_not_fit_are_named(tmp_path, changes, expected):
         ({3: torch.zeros(1)}, "it holds 3"),
         ({"class_emb.weight": torch.zeros(10, 6)}, "it lacks mask_token, blocks.0.weight and"),
         ({"model": random_weights(), "ema_0.9999": random_weights()}, "several sets of weights (model, ema_0.9999)"),
-        (training_checkpoint(args=argparse.Namespace(output=ROOT)), "PosixPath, which could run code"),
         (training_checkpoint(args=argparse.Namespace(output=ROOT)), "torch.save({'model_ema': state_dict}, FILE)"),
     ],
 )
@@ -323,7 +297,6 @@ def test_files_without_the_weights_say_what_they_hold_instead(tmp_path, contents
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     ("contents", "expected"),
     [
@@ -336,10 +309,9 @@ def test_files_without_the_weights_say_what_they_hold_instead(tmp_path, contents
         (pickle.dumps(Payload(os.abort, "")), "no checkpoint at all"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, ending, contents, expected):
-    path = tmp_path / f"weights{ending}"
-    path.write_bytes(contents)
-    assert expected in refusal(path)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, contents, expected):
+    (tmp_path / "weights.pth").write_bytes(contents)
+    assert expected in refusal(tmp_path / "weights.pth")
 
 
 def test_a_missing_file_is_told_with_the_way_to_get_it(tmp_path, monkeypatch):
@@ -358,13 +330,11 @@ def test_damaged_files_load_or_are_refused_but_nothing_else_happens(tmp_path, ki
         save_safetensors(random_weights(), whole, {"step": "12"})
     else:
         torch.save(training_checkpoint(), whole, _use_new_zipfile_serialization=kind == "zip")
-    data = whole.read_bytes()
-    chance = random.Random(0)
+    data, chance, refused = whole.read_bytes(), random.Random(0), 0
     for length in chance.sample(range(len(data)), 30):
         path.write_bytes(data[:length])
         with pytest.raises(InputError):
             load_weights(Network(), path, what="mar_tiny")
-    refused = 0
     for _ in range(100):
         damaged = bytearray(data)
         damaged[chance.randrange(len(data))] ^= chance.randrange(1, 256)
