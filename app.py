@@ -6,9 +6,9 @@ python app.py   # then open http://127.0.0.1:7860; served to this machine alone,
 
 from __future__ import annotations
 
-import argparse
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from models import METHODS, PRESETS, MARPipeline, Plan
 from models.lazymar.plan import Step
+from util.cli import Parser, number
+from util.errors import InputError, exits_cleanly
 from util.images import to_pixels
 from util.pipeline import PipelineOutput
 
@@ -162,21 +164,15 @@ def make_page() -> Any:
                     with gr.Row():
                         for path in EXAMPLES:
                             choose = gr.Button(path.stem.replace("_", " "), size="sm")
-                            choose.click(
-                                partial(enlarge, Image.open(path).convert("RGB")),
-                                None,
-                                editor,
-                                api_visibility="private",
-                            )
+                            show = partial(enlarge, Image.open(path).convert("RGB"))
+                            choose.click(show, None, editor, api_visibility="private")
                     inputs.append(editor)
                 with gr.Row():
                     start, stop = gr.Button(title, variant="primary"), gr.Button("Stop")
                 text = gr.Markdown(min_height=60)
                 with gr.Row():
                     result, baseline = picture(label="Image"), picture(label="Baseline")
-                rows = picture(
-                    label="Decoder rows computed (blue, dark at refresh steps) and reused (grey)", height=240
-                )
+                rows = picture(label="Decoder rows: computed (blue, dark at refresh steps), reused (grey)", height=240)
                 outputs = [result, baseline, rows, text]
                 once: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": [text]}
                 running = start.click(make, inputs, outputs, **once)
@@ -184,17 +180,20 @@ def make_page() -> Any:
     return page
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves every network (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    args = parser.parse_args()
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves every network")
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, metavar="N", help="port of the page")
+    args = parser.parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no request leaves this machine
-    import gradio as gr
-
+    try:
+        import gradio as gr
+    except ImportError:
+        raise InputError("the page needs Gradio: run `pip install -r requirements-app.txt`") from None
     theme = gr.themes.Default(font=["system-ui"], font_mono=["monospace"])  # no fonts of other hosts
     make_page().launch(server_name=args.host, server_port=args.port, theme=theme, share=False)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
