@@ -23,6 +23,6 @@ Read the files in this order:
 4. `caches.py`, `transformer.py`, `head.py`: the caches and the two loops that use them.
 5. `sampler.py`: the loop over steps. The baseline is the same loop with a policy that caches nothing.
 
-`assets/step.svg` shows where each cache acts in a step. `noise.py` is everything that is random, `flops.py` counts what a
-plan costs, `graphs.py` runs steps as CUDA graphs.
+`assets/step.svg` shows where each cache acts in a step. `noise.py` is everything that is random, `flops.py` counts what
+a plan costs, `graphs.py` runs steps as CUDA graphs.
 """
