@@ -71,7 +71,7 @@ def errors(case: str, dtype: torch.dtype = torch.float64, **replaced: object) ->
     sampler = make_sampler(load_model(dtype), **run, **{**own, **replaced})
     latents = torch.empty(recorded["latents"].shape, dtype=dtype)
     noise = RecordedNoise(case, recorded["orders"])
-    for step, conditions, _ in sampler.steps(torch.from_numpy(recorded["labels"]), noise, latents):
+    for step, _, conditions, _ in sampler.steps(torch.from_numpy(recorded["labels"]), noise, latents):
         yield step, relative_errors(conditions.flatten(0, 1), recorded[f"z_{step.index}"])
     yield None, relative_errors(latents.movedim(1, -1), np.moveaxis(recorded["latents"], 1, -1))
 
