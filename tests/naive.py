@@ -147,6 +147,7 @@ class Half:
         self.encoder_cache = [(unknown(encoder_dim), unknown(encoder_dim)) for _ in model.encoder_blocks]
         self.decoder_cache = [(unknown(decoder_dim), unknown(decoder_dim)) for _ in model.decoder_blocks]
         self.decoder_input = unknown(decoder_dim)
+        self.block_inputs = {}  # of the decoder blocks that have computed all rows
 
     def encode(self, tokens: torch.Tensor, rows: list[int], known: list[int]) -> torch.Tensor:
         """The encoder's output at `rows`, which see all `known` rows; rows count the buffer first."""
@@ -161,15 +162,22 @@ class Half:
             x = x + block.mlp(block.norm2(x))
         return model.encoder_norm(x)
 
-    def decode(self, prune_layer: int | None, num_kept: int, certain: list[int], ranking) -> torch.Tensor:
+    def decode(self, policy: CachePolicy | None, num_kept: int, certain: list[int], ranking) -> torch.Tensor:
         """The last block's output [P + L, D], NaN where pruned; by a `ranking` [P + L] or by similarity."""
         x, rows = self.decoder_input, torch.arange(len(self.decoder_input))
+        prune_layer = policy.prune_layer if policy else None
         for index, (block, (keys, values)) in enumerate(zip(self.model.decoder_blocks, self.decoder_cache)):
             q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=1)
             if index == prune_layer:
-                scores = similarity(v, values, block.attn.num_heads) if ranking is None else ranking.clone()
+                compared = {"similarity": (v, values), "keys": (k, keys), "outputs": (x, self.block_inputs[index])}
+                scores = ranking
+                if ranking is None:
+                    scores = similarity(*compared[policy.selection], block.attn.num_heads)
+                scores = scores.clone()
                 scores[certain] = -math.inf
             keys[rows], values[rows] = k, v
+            if len(rows) == len(keys):
+                self.block_inputs[index] = x.clone()
             x = x + attention(block.attn, q, keys, values)
             if index == prune_layer:
                 rows = scores.argsort(stable=True)[:num_kept].sort().values
@@ -190,7 +198,7 @@ class Half:
             self.decoder_input = model.mask_token[0] + model.decoder_pos_embed_learned[0]
         encoded = self.encode(tokens, new, buffer + known)
         self.decoder_input[new] = model.decoder_embed(encoded) + model.decoder_pos_embed_learned[0, new]
-        return self.decode(policy.prune_layer if policy else None, num_kept, previous + now, ranking)
+        return self.decode(policy, num_kept, previous + now, ranking)
 
 
 @functools.cache

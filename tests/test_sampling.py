@@ -66,6 +66,7 @@ COMPOSITIONS += ["recap+gtr", "disa+recap+lateguidance"]
 CACHES = ("token_cache", "condition_cache", "head_cache")
 SWITCHES = [dict(zip(CACHES, on)) for on in product([True, False], repeat=3)]
 PREDICTED_ALONE = {"min_margin": 0, "kept_fractions": ((0, 0.0),)}
+OTHER_RULES = [{"selection": rule} for rule in ("keys", "outputs")]
 BOTH_BRANCHES = [{"condition_interval": interval, "num_iter": 12} for interval in (1, 2, 3)]
 OTHER_GUIDANCE = [{"cfg": 1.0}, {"cfg_schedule": "constant"}]
 OTHER_LENGTHS = [{"num_iter": 1}, {"num_iter": 16}]  # as many as tokens
@@ -95,6 +96,7 @@ SHORT_RUNS: Runs = {
         *OTHER_LENGTHS,
         *OTHER_CHAINS,
         *BOTH_BRANCHES,
+        *OTHER_RULES,
         *({"num_sampling_steps": steps} for steps in (3, 5, 7, 8, 15, AnnealedSteps(24, 20))),
         *({"num_sampling_steps": 21, "cfg": cfg, **switches} for switches in SWITCHES for cfg in (1.0, 2.5)),
         *({"num_sampling_steps": 21, **fields} for fields in OTHER_HEADS),

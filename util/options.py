@@ -255,7 +255,9 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help=f"recomputed fraction, from each step of 64 on (default: {_written(CachePolicy.kept_fractions)})")
     add("--min_margin", type=number(int, 0), metavar="N",
         help="fewest recomputed rows, besides those predicted at this and the last step (default: 15)")
-    add("--selection", choices=RULES, help="recompute the least similar rows, or random ones (default: similarity)")
+    add("--selection", choices=RULES,
+        help="recompute rows whose values (similarity), keys or inputs (outputs) changed most, or random rows "
+        "(default: similarity)")
     add("--head_refresh_interval", type=_steps_or_fraction, metavar="N or FRACTION",
         help="one in this many denoising steps runs the whole head; of 100 if their number falls (default: 7)")
     add("--head_skipped_blocks", type=numbers(int, 0), metavar="N,...",

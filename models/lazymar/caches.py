@@ -65,18 +65,18 @@ class TokenCache:
         num_heads = model.decoder_blocks[policy.prune_layer].attn.num_heads
         self.rule = RULES[policy.selection](len(plan), num_sequences, plan.num_rows, num_heads, model.mask_token)
 
-    def choose_rows(self, step: Step, values: Tensor) -> Tensor:
-        """Choose the rows that are recomputed after the prune layer, given its values of all rows [B, R, D].
+    def choose_rows(self, step: Step, features: Tensor) -> Tensor:
+        """Choose the rows that are recomputed after the prune layer, given the rule's features of all rows [B, R, D].
 
         Returns row numbers [B, num_kept]: first the tokens predicted since `step.previous`, which the decoder sees as
         known for the first time, then those whose output is needed, up to `step.horizon`, then the rows that the rule
         scores lowest.
         """
-        scores = self.rule.scores(step.index, values)
+        scores = self.rule.scores(step.index, features)
         first, last = self.buffer_size + step.previous, self.buffer_size + step.horizon
         scores[:, first:last] = math.inf
         others = scores.topk(step.num_kept - (last - first), largest=False).indices
-        in_hand = torch.arange(first, last, device=values.device).expand(len(values), -1)
+        in_hand = torch.arange(first, last, device=features.device).expand(len(features), -1)
         return torch.cat([in_hand, others], dim=1)
 
     def flat(self, rows: Tensor) -> Tensor:

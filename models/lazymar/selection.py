@@ -1,5 +1,7 @@
 """Which rows are recomputed after the prune layer. A rule scores all rows; the rows with the lowest scores are chosen.
 
+A rule sees its `features` of all rows: those of this step, and those that it has remembered of the step before.
+
 To add a rule, add a class with the same methods and an entry in `RULES`.
 """
 
@@ -29,21 +31,42 @@ class Similarity:
     def begin(self, positions: Tensor) -> None:
         """Start a batch. The first step of a run is a refresh step, which fills `previous`."""
 
-    def scores(self, step: int, values: Tensor) -> Tensor:
-        """Return a score [B, R] for each row, given the prune layer's values [B, R, D]."""
-        dtype = torch.promote_types(values.dtype, torch.float32)  # similarities near 1 would tie in half precision
+    @staticmethod
+    def features(x: Tensor, keys_values: Tensor) -> Tensor:
+        """Return what is compared [B, R, D], of the prune layer's input [B, R, D], keys and values [B, R, 2D]."""
+        return keys_values.chunk(2, dim=-1)[1]
+
+    def scores(self, step: int, features: Tensor) -> Tensor:
+        """Return a score [B, R] for each row."""
+        dtype = torch.promote_types(features.dtype, torch.float32)  # similarities near 1 would tie in half precision
         now, before = (
-            rows.to(dtype).unflatten(-1, (self.num_heads, -1)) for rows in (values, self.previous[: len(values)])
+            rows.to(dtype).unflatten(-1, (self.num_heads, -1)) for rows in (features, self.previous[: len(features)])
         )
         return F.cosine_similarity(now, before, dim=-1).mean(dim=-1)
 
-    def remember(self, values: Tensor) -> None:
-        """Keep the values [B, R, D] for the next step; a refresh step may bring more sequences than are kept."""
-        kept = values[: len(self.previous)]
+    def remember(self, features: Tensor) -> None:
+        """Keep the features for the next step; a refresh step may bring more sequences than are kept."""
+        kept = features[: len(self.previous)]
         self.previous[: len(kept)] = kept
 
 
-class Chance:
+class KeySimilarity(Similarity):
+    """Compares keys."""
+
+    @staticmethod
+    def features(x: Tensor, keys_values: Tensor) -> Tensor:
+        return keys_values.chunk(2, dim=-1)[0]
+
+
+class OutputSimilarity(Similarity):
+    """Compares the outputs of the block before."""
+
+    @staticmethod
+    def features(x: Tensor, keys_values: Tensor) -> Tensor:
+        return x
+
+
+class Chance(Similarity):
     """Scores rows at random, for the ablation that asks whether similarity matters. See `Similarity` for arguments.
 
     An image's scores depend on its order of prediction alone, not on its batch or the device.
@@ -60,12 +83,12 @@ class Chance:
         branches = num_sequences // len(rankings)
         self.rankings.copy_(torch.from_numpy(np.stack(rankings * branches, axis=1)))
 
-    def scores(self, step: int, values: Tensor) -> Tensor:
+    def scores(self, step: int, features: Tensor) -> Tensor:
         """Return a copy of the step's ranking [B, R]."""
-        return self.rankings[step, : len(values)].clone()
+        return self.rankings[step, : len(features)].clone()
 
-    def remember(self, values: Tensor) -> None:
+    def remember(self, features: Tensor) -> None:
         """Keep nothing."""
 
 
-RULES: dict[str, type[Similarity] | type[Chance]] = {"similarity": Similarity, "random": Chance}
+RULES = {"similarity": Similarity, "keys": KeySimilarity, "outputs": OutputSimilarity, "random": Chance}

@@ -97,12 +97,12 @@ class Transformer:
             if number == len(blocks) - 1:
                 x, queries = x[:, needed], queries[:, needed]
             elif cache is not None and number == self.plan.policy.prune_layer:
-                values = keys_values.chunk(2, dim=-1)[1]
+                features = cache.rule.features(x, keys_values)
                 if step.num_kept < self.plan.num_rows:
-                    kept = cache.flat(cache.choose_rows(step, values))
+                    kept = cache.flat(cache.choose_rows(step, features))
                     x, queries = take_rows(x, kept), take_rows(queries, kept)
                     needed = slice(step.start - step.previous, step.horizon - step.previous)
-                cache.rule.remember(values)
+                cache.rule.remember(features)
             x = block.finish(x, queries, keys_values)
         return x
 
