@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-# The embedded small model, in full and with LazyMAR, from the same seeds.
+# mar_tiny, the baseline and LazyMAR, from the same seeds.
 demo: install
 	$(RUN) eval.py $(DEMO) --output_dir output/demo/baseline
 	$(RUN) eval.py $(DEMO) --output_dir output/demo/lazymar --lazy_mar
