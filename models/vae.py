@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class AutoencoderKL(nn.Module):
 def deep_compression_autoencoder() -> nn.Module:
     """Return DC-AE f32c32 as trained on ImageNet (arXiv 2410.10733), with the parameter names of diffusers.
 
-    `decode` returns images [B, 3, 32 h, 32 w] in about [-1, 1] of latents [B, 32, h, w]; `encode` is the library's own.
+    `decode` returns images [B, 3, 32 h, 32 w] in about [-1, 1] of latents [B, 32, h, w]. It is no variational
+    autoencoder: `encode` returns an object whose `mean` is the latents of images.
     The fields are those of `mit-han-lab/dc-ae-f32c32-in-1.0-diffusers`.
 
     Raises ValueError if the package diffusers is not installed.
@@ -80,7 +82,8 @@ def deep_compression_autoencoder() -> nn.Module:
         decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3,
         decoder_act_fns=("relu",) * 3 + ("silu",) * 3,
     )
-    decode = vae.decode
+    encode, decode = vae.encode, vae.decode
+    vae.encode = lambda x: SimpleNamespace(mean=encode(x, return_dict=False)[0])
     vae.embed_dim, vae.decode = 32, lambda z: decode(z, return_dict=False)[0]
     return vae
 

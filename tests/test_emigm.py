@@ -37,6 +37,7 @@ from models.lazymar.plan import DenoisingStep
 from models.presets import ROOT
 from util.download import FILES, main
 from util.errors import InputError
+from util.images import decode, encode
 from util.options import parse_options
 from util.weights import load_weights
 
@@ -221,7 +222,8 @@ def test_512_pixels_need_diffusers(monkeypatch) -> None:
     if importlib.util.find_spec("diffusers"):
         with torch.device("meta"):
             vae = PRESETS["emigm_base_512"].vae_class()
-        assert vae.decode(torch.empty(2, 32, 4, 4, device="meta")).shape == (2, 3, 128, 128)
+        latents, pixels = torch.empty(2, 32, 4, 4, device="meta"), torch.empty(2, 3, 128, 128, device="meta")
+        assert decode(vae, latents).shape == pixels.shape and encode(vae, pixels).shape == latents.shape
         assert 323e6 < sum(parameter.numel() for parameter in vae.parameters()) < 324e6
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="pip install diffusers"):

@@ -41,13 +41,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
     A sampler's latents are at unit scale: divide them by the preset's `latent_scale` first.
     """
-    dtype = vae.post_quant_conv.weight.dtype
-
-    @torch.inference_mode()  # the mode does not extend to other threads by itself
-    def decode_part(part: Tensor) -> Tensor:
-        return vae.decode(part.to(dtype, memory_format=torch.channels_last)).float()
-
-    return torch.cat(map_images(decode_part, latents))
+    return _apply(vae, vae.decode, latents)
 
 
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
@@ -55,13 +49,17 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
     A model's latents are at unit scale: these times the preset's `latent_scale`.
     """
-    dtype = vae.post_quant_conv.weight.dtype
+    return _apply(vae, lambda part: vae.encode(part).mean, images)
 
-    @torch.inference_mode()
-    def encode_part(part: Tensor) -> Tensor:
-        return vae.encode(part.to(dtype, memory_format=torch.channels_last)).mean.float()
 
-    return torch.cat(map_images(encode_part, images))
+def _apply(vae: AutoencoderKL, network: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    dtype = next(vae.parameters()).dtype
+
+    @torch.inference_mode()  # the mode does not extend to other threads by itself
+    def apply(part: Tensor) -> Tensor:
+        return network(part.to(dtype, memory_format=torch.channels_last)).float()
+
+    return torch.cat(map_images(apply, batch))
 
 
 def to_uint8(images: Tensor) -> Tensor:
