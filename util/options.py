@@ -70,12 +70,12 @@ class Options:
         """The network on the meta device: its layers and their sizes, without weights."""
         return _on_meta(self.model, self.class_num)
 
-    @property
+    @functools.cached_property
     def plan(self) -> Plan:
         """What each step computes."""
         return self.method.plan(self.meta_model, cfg=self.cfg, cfg_schedule=self.cfg_schedule)
 
-    @property
+    @functools.cached_property
     def flops(self) -> list[Flops]:
         """The FLOPs of each step of sampling one image."""
         return flops_per_step(self.meta_model, self.plan)

@@ -11,7 +11,8 @@ reuses features at the **lazy steps** between them:
   layer**, with those of the step before; after that block only the least similar rows are recomputed, and they attend
   to the cached keys and values of all others.
 - **Condition cache** (`caches.ConditionCache`): the difference between the two branches of guidance changes slowly. A
-  lazy step computes the conditional branch and adds the difference stored at the last refresh step.
+  lazy step computes the conditional branch and adds the difference stored at the last refresh step (a policy may also
+  store it at some lazy steps, which then compute both branches).
 - **Head cache** (`head.HeadCache`): the head's blocks add nearly the same in successive denoising steps. At every
   autoregressive step, six of seven denoising steps reuse what the blocks added before, and the guidance direction.
 

@@ -88,15 +88,16 @@ class TokenCache:
 class ConditionCache:
     """The paper's condition cache: the two branches of guidance differ by nearly the same at successive steps.
 
-    A refresh step stores the difference of the last block's outputs, unconditional - conditional, for the tokens
-    predicted before the next refresh step. A lazy step computes the conditional branch and adds the difference to it.
+    A step that computes both branches, such as a refresh step, stores the difference of the last block's outputs,
+    unconditional - conditional, for the tokens predicted before the next such step. The steps between compute the
+    conditional branch and add the difference to it.
     """
 
     def __init__(self, model: MAR, num_images: int) -> None:
         self.difference = model.mask_token.new_empty(num_images, model.seq_len, model.mask_token.shape[-1])
 
     def store(self, step: Step, decoded: Tensor) -> None:
-        """Store the difference of a refresh step's output [2B, horizon - start, D]."""
+        """Store the difference of both branches' output [2B, horizon - start, D]."""
         conditional, unconditional = decoded.chunk(2)
         self.difference[:, step.start : step.horizon] = unconditional - conditional
 

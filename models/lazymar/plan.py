@@ -171,6 +171,7 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     lazy_branches = 1 if condition_cache and policy.condition_interval is None else num_branches
     caches_steps = policy.token_cache or condition_cache
     refreshes = [index for index in range(num_iter) if not caches_steps or policy.is_refresh(index, num_iter)]
+    # Where both branches are computed, and the condition cache is filled:
     both = [index for index in range(num_iter) if not condition_cache or policy.computes_both(index, num_iter)]
 
     steps: list[Step] = []
@@ -180,6 +181,7 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
         readers_end = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
         is_guided = any(step.cfg > 1 for step in schedule.steps[index:readers_end])
         branches = num_branches if is_guided and index in both else 1
+        # A branch that steps have skipped catches up with all tokens predicted since its last one.
         before = max((step.index for step in steps if step.num_branches >= branches), default=0)
         start, stop, previous = known[index], known[index + 1], known[before]
         horizon = known[next_both] if condition_cache and branches == 2 else stop
