@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,33 +155,25 @@ class Method:
     cache: CachePolicy | None = None
 
     def __post_init__(self) -> None:
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages must be at least 1, not {self.num_stages}")
         if isinstance(self.num_sampling_steps, int):
             check_num_sampling_steps(self.num_sampling_steps)
-        if not self.unguided_below >= 1:
-            raise ValueError(f"unguided_below must be at least 1, not {self.unguided_below}")
-        if self.lazy_sampling_steps is not None and self.lazy_sampling_steps < 2:
-            raise ValueError(f"lazy_sampling_steps must be at least 2, not {self.lazy_sampling_steps}")
-        if self.token_schedule not in TOKEN_SCHEDULES:
-            raise ValueError(f"token_schedule must be {' or '.join(TOKEN_SCHEDULES)}, not {self.token_schedule!r}")
-        for name in ("tokens_per_step", "token_schedule"):
-            if self.num_stages > 1 and name in self.changes:
-                raise ValueError(f"{name} is for an order without stages: leave it out, or set num_stages to 1")
-        if self.guidance_interval is not None:
-            t_min, t_max = self.guidance_interval
-            if not 0 <= t_min < t_max <= 1:
-                raise ValueError(
-                    "guidance_interval must be t_min:t_max with 0 <= t_min < t_max <= 1, such as 0.1:0.3, not "
-                    f"{t_min:g}:{t_max:g}"
-                )
-        if self.num_stages == 1 and self.detailed_tokens:
-            raise ValueError("detailed_tokens needs several stages: give num_stages too, or leave detailed_tokens out")
-        if self.num_stages == 1 and getattr(self.num_sampling_steps, "schedule", None) == "generation":
-            raise ValueError(
-                "num_sampling_steps by the schedule generation needs several stages: give num_stages too, or take "
-                "another schedule, such as linear"
-            )
+        t_min, t_max = self.guidance_interval or (0.0, 1.0)
+        limits = {
+            "num_stages": (self.num_stages >= 1, "at least 1"),
+            "unguided_below": (self.unguided_below >= 1, "at least 1"),
+            "lazy_sampling_steps": (self.lazy_sampling_steps is None or self.lazy_sampling_steps >= 2, "at least 2"),
+            "token_schedule": (self.token_schedule in TOKEN_SCHEDULES, " or ".join(TOKEN_SCHEDULES)),
+            "guidance_interval": (0 <= t_min < t_max <= 1, "t_min:t_max with 0 <= t_min < t_max <= 1, such as 0.1:0.3"),
+        }
+        for name, (valid, wanted) in limits.items():
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        by_generation = getattr(self.num_sampling_steps, "schedule", None) == "generation"
+        if self.num_stages == 1 and (self.detailed_tokens or by_generation):
+            name = "detailed_tokens" if self.detailed_tokens else "num_sampling_steps by the schedule generation"
+            raise ValueError(f"{name} needs several stages: give num_stages too, or leave it out")
+        if self.num_stages > 1 and (one_stage := {"tokens_per_step", "token_schedule"} & self.changes.keys()):
+            raise ValueError(f"{one_stage.pop()} is for an order without stages: leave it out, or set num_stages to 1")
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -193,74 +185,70 @@ class Method:
         """Return the method with other settings."""
         return replace(self, **settings)
 
-    def schedule(
-        self, seq_len: int, *, cfg: float, cfg_schedule: str = "linear", known: Tensor | None = None
-    ) -> Schedule:
-        """Return the schedule over `seq_len` tokens, or over those of them that are missing.
+    def plan(self, model: MAR, *, cfg: float, cfg_schedule: str = "linear", known: Tensor | None = None) -> Plan:
+        """Return the plan for a model, which may be on the meta device, over all tokens or those that are missing.
 
-        `known`, a BoolTensor of `seq_len` elements in row-major order, is True at tokens that are known from the start.
-        The steps of a stage are then at most its missing tokens.
+        `known`, a BoolTensor of L elements in row-major order, is True at tokens that are known from the start. The
+        steps of a stage are then at most its missing tokens.
 
         Raises ValueError, naming a setting that does not fit.
         """
-        positions = known_positions(known, seq_len)
-        counts, stages, stage_starts = self._order(seq_len, positions)
-        num_iter, last_stage = len(counts), stage_starts[-1]
-        scales = [scale if scale >= self.unguided_below else 1.0 for scale in cfg_scales(counts, cfg, cfg_schedule)]
+        positions = known_positions(known, model.seq_len)
+        order = self._order(model.seq_len, positions)
+        num_iter = len(order.counts)
+        scales = [
+            scale if scale >= self.unguided_below else 1.0 for scale in cfg_scales(order.counts, cfg, cfg_schedule)
+        ]
         if self.guidance_interval is not None:
             t_min, t_max = self.guidance_interval
             scales = [scale if t_min < t <= t_max else 1.0 for scale, t in zip(scales, step_times(num_iter))]
-        policy = self._policy(num_iter, stage_starts)
+        policy = self._policy(order)
         steps = []
-        for index, (count, scale) in enumerate(zip(counts, scales)):
-            length = self.num_sampling_steps
-            if isinstance(length, AnnealedSteps):
-                length = length.at(index, num_iter, last_stage)
-            most = self.lazy_sampling_steps
-            if most is None or policy is None or policy.is_refresh(index, num_iter):
-                most = NUM_TRAIN_STEPS
-            if isinstance(length, SolverSteps):
-                solver = replace(length, evaluations=min(length.evaluations, most))
-                steps.append(ScheduledStep(scale, (Chain(solver.timesteps, count, solver),)))
-                continue
-            length = min(length, most)
-            detailed = self.detailed_tokens if index >= last_stage else None
-            num_detailed = int(round(count * detailed.share, 6)) if detailed else 0
-            chains = [Chain(self._timesteps(length), count - num_detailed)]
-            if detailed and num_detailed:
-                longer = max(length, detailed.num_sampling_steps)
-                chains.insert(0, Chain(self._timesteps(longer), num_detailed))
-            steps.append(ScheduledStep(scale, tuple(chain for chain in chains if chain.num_tokens)))
-        return Schedule(tuple(steps), stages, detail, positions)
+        for index, scale in enumerate(scales):
+            limit = NUM_TRAIN_STEPS
+            if self.lazy_sampling_steps and policy is not None and not policy.is_refresh(index, num_iter):
+                limit = self.lazy_sampling_steps
+            steps.append(ScheduledStep(scale, self._chains(index, order, limit)))
+        schedule = Schedule(tuple(steps), order.stages, detail, positions)
+        return make_plan(schedule, policy, buffer_size=model.buffer_size)
 
-    def plan(self, model: MAR, *, cfg: float, cfg_schedule: str = "linear", known: Tensor | None = None) -> Plan:
-        """Return the plan for a model, which may be on the meta device. Raises ValueError like `schedule`."""
-        schedule = self.schedule(model.seq_len, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
-        _, _, stage_starts = self._order(model.seq_len, schedule.known)
-        return make_plan(schedule, self._policy(len(schedule.steps), stage_starts), buffer_size=model.buffer_size)
-
-    def _order(self, seq_len: int, known: Sequence[int]) -> tuple[list[int], tuple[int, ...] | None, list[int]]:
-        """Return the tokens of each step, the stage of each position (None: one stage), and each stage's first step."""
+    def _order(self, seq_len: int, known: Sequence[int]) -> Order:
         num_iter = (self.num_iter,) if isinstance(self.num_iter, int) else self.num_iter
         if self.num_stages > 1:
             stages = stages_of_positions(seq_len, self.num_stages)
             sizes = [stages.count(stage) for stage in range(self.num_stages)]
+            counts = staged_counts(sizes, num_iter)
             if known:
-                staged_counts(sizes, num_iter)  # refuses what does not fit the whole grid either
                 there = [stages[position] for position in known]
                 sizes = [size - there.count(stage) for stage, size in enumerate(sizes)]
                 num_iter = tuple(map(min, num_iter, sizes))
-            counts = staged_counts(sizes, num_iter)
-            return counts, tuple(stages), [sum(num_iter[:stage]) for stage in range(self.num_stages)]
+                counts = staged_counts(sizes, num_iter)
+            return Order(counts, tuple(stages), [sum(num_iter[:stage]) for stage in range(self.num_stages)])
+        missing = seq_len - len(known)
         if self.tokens_per_step is not None:
-            return given_counts(seq_len - len(known), self.tokens_per_step), None, [0]
+            return Order(given_counts(missing, self.tokens_per_step))
         if len(num_iter) > 1:
             given = ",".join(map(str, num_iter))
             raise ValueError(f"num_iter must be one number for one stage, not {given}: or give num_stages too")
-        missing = seq_len - len(known)
         num_steps = min(num_iter[0], missing) if known else num_iter[0]
-        of_schedule = exp_counts if self.token_schedule == "exp" else cosine_counts
-        return of_schedule(missing, num_steps), None, [0]
+        counts_of = exp_counts if self.token_schedule == "exp" else cosine_counts
+        return Order(counts_of(missing, num_steps))
+
+    def _chains(self, index: int, order: Order, limit: int) -> tuple[Chain, ...]:
+        """Return the denoising chains of a step, of at most `limit` denoising steps where tokens are not detailed."""
+        length, count, last_stage = self.num_sampling_steps, order.counts[index], order.stage_starts[-1]
+        if isinstance(length, SolverSteps):
+            solver = replace(length, evaluations=min(length.evaluations, limit))
+            return (Chain(solver.timesteps, count, solver),)
+        if isinstance(length, AnnealedSteps):
+            length = length.at(index, len(order.counts), last_stage)
+        length = min(length, limit)
+        if self.detailed_tokens is None or index < last_stage:
+            return (Chain(self._timesteps(length), count),)
+        num_detailed = int(round(count * self.detailed_tokens.share, 6))
+        longer = max(length, self.detailed_tokens.num_sampling_steps)
+        chains = Chain(self._timesteps(longer), num_detailed), Chain(self._timesteps(length), count - num_detailed)
+        return tuple(chain for chain in chains if chain.num_tokens)
 
     def _timesteps(self, length: int) -> tuple[int, ...]:
         """Return the timesteps of a chain, descending; annealed chains start at 950, and duplicates are dropped."""
@@ -269,8 +257,8 @@ class Method:
             timesteps = sorted({min(timestep, ANNEALED_FIRST_TIMESTEP) for timestep in timesteps})
         return tuple(reversed(timesteps))
 
-    def _policy(self, num_iter: int, stage_starts: Sequence[int]) -> CachePolicy | None:
-        """Return the cache policy for this method's schedule.
+    def _policy(self, order: Order) -> CachePolicy | None:
+        """Return the cache policy for this method's order.
 
         - With several stages, start step and refresh interval keep their place in the run, and each stage begins with a
           refresh step, because it predicts more tokens at once than the one before. No refresh is scheduled on the step
@@ -278,13 +266,13 @@ class Method:
         - With the token schedule "exp" they keep their place in the run, too: published runs have as few as 16 steps.
         - Annealed chains are short: the head's refresh interval becomes a fraction of each chain.
         """
-        policy = self.cache
+        policy, num_iter = self.cache, len(order.counts)
         if policy is None:
             return None
         if isinstance(self.num_sampling_steps, AnnealedSteps) and policy.head_refresh_interval >= 1:
             fraction = min(policy.head_refresh_interval / REFERENCE_DENOISING_STEPS, 0.999)
             policy = replace(policy, head_refresh_interval=fraction)
-        in_random_order = len(stage_starts) == 1 and self.token_schedule == "cosine"
+        in_random_order = order.stages is None and self.token_schedule == "cosine"
         if in_random_order or policy.refresh_steps is not None:
             return policy
         start, interval = policy.start_step, policy.refresh_interval
@@ -294,12 +282,20 @@ class Method:
         scaled = replace(policy, start_step=start, refresh_interval=interval)
 
         def is_refresh(step: int) -> bool:
-            if step in stage_starts or step < start or interval == 1:
+            if step in order.stage_starts or step < start or interval == 1:
                 return True
             is_last = step + 1 == num_iter  # a stage without missing tokens may start after it
-            return scaled.is_refresh(step, num_iter) and (is_last or step + 1 not in stage_starts)
+            return scaled.is_refresh(step, num_iter) and (is_last or step + 1 not in order.stage_starts)
 
         return replace(policy, refresh_steps=tuple(filter(is_refresh, range(num_iter))))
+
+
+class Order(NamedTuple):
+    """How many tokens each step predicts, the stage of each position (None: one stage), and each stage's first step."""
+
+    counts: list[int]
+    stages: tuple[int, ...] | None = None
+    stage_starts: Sequence[int] = (0,)
 
 
 def step_times(num_iter: int) -> list[float]:
@@ -322,19 +318,15 @@ def stages_of_positions(seq_len: int, num_stages: int) -> list[int]:
     Raises ValueError, naming num_stages, if the grid cannot be halved so often.
     """
     side = math.isqrt(seq_len)
-    period = 2 ** (num_stages - 1) if num_stages <= seq_len else 0
-    if side**2 != seq_len or period == 0 or side % period:
+    period = 2 ** (num_stages - 1)
+    if side**2 != seq_len or side % period:
         raise ValueError(
             f"num_stages must be such that 2^(num_stages - 1) divides the side of the token grid, "
-            f"{math.sqrt(seq_len):g}, not {num_stages}: each stage but the first takes half of what is left"
+            f"{math.sqrt(seq_len):g}, not {num_stages}"
         )
-    stages = []
-    for row in range(side):
-        for column in range(side):
-            diagonal = (row + column) % period or period
-            halvings = (diagonal & -diagonal).bit_length() - 1  # how often the diagonal's number can be halved
-            stages.append(num_stages - 1 - halvings)
-    return stages
+    diagonals = ((row + column) % period or period for row in range(side) for column in range(side))
+    # The lowest bit that is set in a diagonal's number says how often it can be halved.
+    return [num_stages - (diagonal & -diagonal).bit_length() for diagonal in diagonals]
 
 
 def staged_counts(sizes: Sequence[int], num_iter: Sequence[int]) -> list[int]:
@@ -474,13 +466,9 @@ def find_method(name: str, model: str = "", num_iter: int | None = None) -> Meth
     """
     names = [part.strip().lower() for part in name.split("+")]
     composed, decided_by = Method(), dict[str, str]()
-    for number, part in enumerate(names):
+    for part in names:
         if part not in METHODS:
             raise ValueError(f"method {part!r} is unknown: choose from {', '.join(METHODS)}, or join several by +")
-        if part in names[:number]:
-            raise ValueError(f"method {name} has {part} twice: once is enough")
-        if part == "mar" and len(names) > 1:
-            raise ValueError(f"method {name}: mar is the baseline that every method changes, so leave it out")
         method = emigm(model, num_iter if isinstance(num_iter, int) else 16) if part == "emigm" else METHODS[part]
         for setting, value in method.changes.items():
             if setting in decided_by:

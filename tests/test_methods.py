@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,9 +113,7 @@ BAD_NAMES = {
     "": "'' is unknown",
     "lazy": "'lazy' is unknown",
     "lazymar+": "'' is unknown",
-    "mar+disa": "leave it out",
-    "disa+mar": "leave it out",
-    "disa+disa": "has disa twice",
+    "disa+disa": "disa and disa both set",
     "disa+gtr": "num_sampling_steps",
     "lazymar+recap": "both set cache",
     "fast+gtr": "num_stages",
@@ -128,7 +127,8 @@ def test_names_that_make_no_sense_are_refused(name: str, said: str) -> None:
 
 
 def steps_by_stages(num_stages: int, num_iter: int | tuple[int, ...], seq_len: int = 256) -> None:
-    Method(num_stages=num_stages, num_iter=num_iter).schedule(seq_len, cfg=3)
+    grid = SimpleNamespace(seq_len=seq_len, buffer_size=8)
+    Method(num_stages=num_stages, num_iter=num_iter).plan(grid, cfg=3)  # type: ignore[arg-type]
 
 
 BAD_SETTINGS = [
