@@ -114,17 +114,14 @@ class DiagonalGaussian:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents [B, z, h, w], differentiable in the parameters."""
-        # The noise is float32 and comes from the generator's device, so a seed means the same draw at every precision.
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=torch.float32)
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Draw latents [B, z, h, w] on the generator's device, differentiable in the parameters."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self) -> Tensor:
         """Return the divergence [B] from the standard normal, summed over each image's latents, in nats."""
-        dtype = torch.promote_types(self.mean.dtype, torch.float32)  # a half-precision sum would lose most of its terms
-        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
+        mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
@@ -143,26 +140,21 @@ def encoder(in_channels: int, widths: Sequence[int], num_blocks: int, out_channe
 
 def decoder(z_channels: int, widths: Sequence[int], num_blocks: int, out_channels: int) -> nn.Sequential:
     """Return layers from latents to images; `widths` are the channels of each level and below the last."""
+    conv_in, middle, levels = conv3x3(z_channels, widths[-1]), mid(widths[-1]), {}
+    for i in range(len(widths) - 1):
+        level = named(block=residual_blocks(widths[i + 1], widths[i], num_blocks), upsample=nn.Identity())
+        if i > 0:
+            repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
+            level.upsample = named(repeat=repeat, conv=conv3x3(widths[i], widths[i]))
+        levels[str(i)] = level
     return named(
-        conv_in=conv3x3(z_channels, widths[-1]),
-        mid=mid(widths[-1]),
-        up=up_levels(widths, num_blocks),
+        conv_in=conv_in,
+        mid=middle,
+        up=named(**dict(reversed(levels.items()))),  # from the last level to the first
         norm_out=group_norm(widths[0]),
         silu=nn.SiLU(),
         conv_out=conv3x3(widths[0], out_channels),
     )
-
-
-def up_levels(widths: Sequence[int], num_blocks: int) -> nn.Sequential:
-    """Return the decoder's levels, which run from the last to the first."""
-    levels = {
-        str(i): named(
-            block=residual_blocks(widths[i + 1], widths[i], num_blocks),
-            upsample=upsample(widths[i]) if i else nn.Identity(),
-        )
-        for i in range(len(widths) - 1)
-    }
-    return named(**dict(reversed(levels.items())))
 
 
 class DownLevel(nn.Module):
@@ -172,7 +164,9 @@ class DownLevel(nn.Module):
         super().__init__()
         self.block = residual_blocks(in_channels, channels, num_blocks)
         self.attn = nn.ModuleList(Attention(channels) if is_last else nn.Identity() for _ in self.block)
-        self.downsample = nn.Identity() if is_last else downsample(channels)
+        self.downsample: nn.Module = nn.Identity()
+        if not is_last:  # padded at the right and the bottom only
+            self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attn in zip(self.block, self.attn):
@@ -222,16 +216,6 @@ def mid(channels: int) -> nn.Sequential:
 def residual_blocks(in_channels: int, channels: int, count: int) -> nn.Sequential:
     """Return `count` residual blocks, the first of which changes the width."""
     return nn.Sequential(*(ResnetBlock(channels if i else in_channels, channels) for i in range(count)))
-
-
-def downsample(channels: int) -> nn.Sequential:
-    """Return layers that halve the resolution, padding at the right and the bottom only."""
-    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
-
-
-def upsample(channels: int) -> nn.Sequential:
-    """Return layers that double the resolution by repeating pixels, and smooth it by a convolution."""
-    return named(repeat=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv3x3(channels, channels))
 
 
 def conv3x3(in_channels: int, channels: int) -> nn.Conv2d:
