@@ -19,7 +19,6 @@ from test_sampling import assert_equal_to_naive
 from tools import MODEL, random_model
 from torch import Tensor
 
-import diffusion.solver
 from diffusion.solver import RULES
 from models import (
     MAR,
@@ -29,7 +28,6 @@ from models import (
     Method,
     Sampler,
     SolverSteps,
-    count_flops,
     create_model,
     find_method,
 )
@@ -107,15 +105,6 @@ def test_mistakes_are_seen(changes: dict) -> None:
     assert max(run("16x8", recorded_method(load_case("16x8")).replaced(**changes))[1]) > 1e-7
 
 
-@pytest.mark.parametrize("lowest", [-5.5, -5.0])
-def test_another_cut_of_the_noise_schedule_is_seen(lowest: float, monkeypatch) -> None:
-    monkeypatch.setattr("diffusion.solver.LOWEST_LOG_SNR", lowest)
-    diffusion.solver.solution.cache_clear()
-    errors = run("16x8", recorded_method(load_case("16x8")))[1]
-    diffusion.solver.solution.cache_clear()
-    assert max(errors) > 1e-7
-
-
 # Against the definition
 
 SOLVERS = [SolverSteps(count, rule) for rule in RULES for count in (2, 3, 4, 6, 8)]
@@ -173,20 +162,12 @@ def test_published_settings(model: str, num_iter: int, solver: str, interval: tu
     assert (method.num_iter, str(method.num_sampling_steps), method.guidance_interval) == (num_iter, solver, interval)
     assert (options.cfg, options.cfg_schedule) == (4.0, "constant")
     assert {step.cfg for step in options.plan} == {1.0, 4.0} and options.meta_model.seq_len == 256
-    more = {} if num_iter == 16 else {"num_iter": num_iter}
-    flops = count_flops(options.meta_model, "emigm", cfg=4.0, cfg_schedule="constant", **more)
-    assert sum(step.total for step in options.flops) < flops.total
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("emigm")])
-def test_downloads_are_of_the_size_and_the_place_of_the_presets(name: str) -> None:
-    megabytes = {"xsmall": (276, 418), "small": (387, 529), "base": (832, 977), "large": (1910, 1910), "huge": (3770,)}
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in create_model(name).parameters())
-    _, size, *pixels = name.split("_")
-    assert 4 * parameters / 1e6 == pytest.approx(megabytes[size][len(pixels)], rel=2e-3)
+def test_downloads_go_where_the_presets_look(name: str) -> None:
     assert ROOT / FILES[name].path == PRESETS[name].checkpoint
-    assert PRESETS[name].vae_path == ROOT / FILES["dc_ae" if pixels else "vae"].path
+    assert PRESETS[name].vae_path == ROOT / FILES["dc_ae" if name.endswith("512") else "vae"].path
     assert FILES[name].url.startswith("https://huggingface.co/GSAI-ML/eMIGM/")
 
 

@@ -6,22 +6,19 @@ write. What a capture leaves out, such as a value that was on the host, is then 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import pytest
 import torch
-from tools import MODEL, SETTINGS, SMALL, batch_of, make_sampler, short_settings
+from tools import SMALL, batch_of, make_sampler, short_settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import Sampler, SolverSteps
-from models.lazymar.caches import KeyValueCache
-from models.lazymar.graphs import CapturedFunction, CaptureError, CudaCapture
+from models.lazymar.graphs import CapturedFunction, CaptureError
 from models.lazymar.transformer import Transformer
 
 
@@ -164,76 +161,15 @@ def test_what_captured_steps_hold_is_free_before_another_batch_size_takes_its_me
     assert alive == [False]
 
 
-def test_a_lazy_step_moves_only_the_new_rows() -> None:
-    """Counts the bytes that writing an encoder block's keys and values moves: those of the new rows, and no index."""
-    plan = make_sampler(MODEL, "lazymar", **SETTINGS).plan
-    step = next(step for step in plan if not step.refresh)
-    cache = KeyValueCache(2, 72, 8, torch.empty(1, 32))
-    new = torch.randn(2, 8 + step.new.stop - step.new.start, 64)
-    with Operations() as operations:
-        known = cache.write_known(step, new)
-    copied = [args[1].nbytes for func, args, *_ in operations.calls if func.__name__.startswith("copy_")]
-    assert len(copied) == 2 and sum(copied) == new.nbytes
-    assert not any("index" in func.__name__ for func, *_ in operations.calls)
-    assert torch.equal(known[:, -(step.new.stop - step.new.start) :], new[:, 8:])
-
-
-# CUDA's own calls, mocked
-
-
-class FakeGraphs:
-    """Stands in for what `CudaCapture` takes from `torch.cuda`: notes the current stream, and the graphs' pools."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.current, self.pools = "default", []
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side stream")
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock(spec=["replay"]))
-        monkeypatch.setattr(torch.cuda, "stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "graph", self.graph)
-
-    @contextlib.contextmanager
-    def stream(self, stream: str) -> Iterator[None]:
-        before, self.current = self.current, stream
+def test_a_failed_capture_names_its_first_cause() -> None:
+    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         try:
-            yield
-        finally:
-            self.current = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, pool: object, stream: str, capture_error_mode: str) -> Iterator[None]:
-        """Like PyTorch's: if it fails, it ends with another error, and does not restore the stream."""
-        self.pools.append(pool)
-        before, self.current = self.current, stream
-        try:
-            yield
-        except RuntimeError as error:
+            return (lambda: None), function()
+        except RuntimeError as error:  # like PyTorch's, which ends with another error
             raise RuntimeError("operation failed due to a previous error during capture") from error
-        self.current = before
-
-
-def test_graphs_of_one_capture_share_a_memory_pool(monkeypatch) -> None:
-    cuda, streams = FakeGraphs(monkeypatch), []
-    capture = CudaCapture(torch.device("cuda", 0))
-
-    def add_one(x: Tensor) -> Tensor:
-        streams.append(cuda.current)
-        return x + 1
-
-    for _ in range(2):
-        CapturedFunction(add_one, capture, [torch.zeros(2)])
-    assert streams == ["side stream"] * 2 and cuda.current == "default"
-    assert len(cuda.pools) == 2 and cuda.pools[0] is cuda.pools[1]
-
-
-def test_a_failed_capture_names_its_first_cause_and_restores_the_stream(monkeypatch) -> None:
-    cuda = FakeGraphs(monkeypatch)
 
     def fail() -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
-        CapturedFunction(fail, CudaCapture(torch.device("cuda", 0)), [])
-    assert cuda.current == "default"
+        CapturedFunction(fail, capture, [])

@@ -23,32 +23,6 @@ DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.m
 of_each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
-IMPORT_EACH_FIRST = """
-import importlib, os, sys
-import numpy, PIL.Image, safetensors, scipy, timm.layers, torch, torch_fidelity, tqdm
-for module in sys.argv[1:]:
-    child = os.fork()
-    if not child:
-        importlib.import_module(module)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"import {module} fails in a new process")
-"""
-
-
-def test_each_module_can_be_imported_first():
-    modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for package in ("diffusion", "models", "util")
-        for path in sorted((ROOT / package).rglob("*.py"))
-        if path.name != "__main__.py"
-    ]
-    assert {"diffusion.ancestral", "models.lazymar.plan", "util.files"} <= set(modules)
-    command = [sys.executable, "-c", IMPORT_EACH_FIRST, *modules]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
 # What may import what: each part and the parts below it. `models` exports the sampler's names in its `__init__.py`.
 BELOW = {
     "diffusion": set(),
