@@ -21,7 +21,7 @@ class Ancestral:
         self, timesteps: Sequence[float], temperature: float, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.temperature = temperature
-        schedule = NoiseSchedule.of([int(timestep) for timestep in reversed(timesteps)])
+        schedule = NoiseSchedule([int(timestep) for timestep in reversed(timesteps)])
         columns = [schedule.x_coefficient, schedule.eps_coefficient, schedule.log_std_base, schedule.log_std_slope]
         coefficients = torch.from_numpy(np.stack(columns, axis=1)).flip(0)  # [S, 4], in order of use
         self.coefficients = [row.unbind() for row in coefficients.to(device, dtype)]

@@ -15,7 +15,7 @@ from diffusion.schedule import NoiseSchedule
 @functools.cache
 def _coefficients(device: torch.device) -> Tensor:
     """Return what the loss needs of the schedule, by timestep: [1000, 5]."""
-    schedule = NoiseSchedule.create()
+    schedule = NoiseSchedule()
     names = ("x_coefficient", "eps_coefficient", "log_betas", "log_posterior_variances", "alpha_bars")
     rows = [torch.as_tensor(getattr(schedule, name), dtype=torch.float32, device=device) for name in names]
     return torch.stack(rows, dim=1)
