@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
 from pathlib import Path
@@ -16,17 +17,9 @@ import train
 from diffusion.loss import hybrid_loss
 from models import MAR, PRESETS, AutoencoderKL, create_model
 from util.errors import InputError
-from util.extractors import load_classifier
 from util.training import loop
-from util.training.images import load_fashion_mnist, load_images
-from util.training.initialization import initialize_with_neighbours
-from util.training.loop import Phase, fit
+from util.training.images import load_images
 from util.weights import load_weights
-
-CPU = torch.device("cpu")
-
-
-# Loss and initial weights
 
 
 def test_the_bound_trains_the_variance_and_not_the_noise():
@@ -42,7 +35,7 @@ def test_the_bound_trains_the_variance_and_not_the_noise():
 def test_a_new_model_attends_to_neighbours():
     torch.manual_seed(0)
     model = create_model("mar_tiny")
-    initialize_with_neighbours(model)
+    train.initialize_with_neighbours(model)
     block, middle = model.decoder_blocks[0], 8 * 16 + 8
     queries, keys_values = block.attn.project(block.norm1(model.masked_input(torch.arange(256)[None])))
     q, k = (x.unflatten(-1, (block.attn.num_heads, -1)) for x in (queries, keys_values.chunk(2, dim=-1)[0]))
@@ -75,52 +68,6 @@ def test_rescaled_latents_reconstruct_the_same_image():
         torch.testing.assert_close(vae.decode(after.mean), image)
 
 
-# The loop
-
-
-def regression(folder: Path, **settings: int) -> nn.Module:
-    """Train a linear map to sum its inputs, in two phases of 40 steps."""
-    torch.manual_seed(0)
-    module = nn.Linear(4, 1)
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        x = torch.randn(32, 4, generator=generator)
-        return (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
-
-    phases = [Phase(40, 0.2, loss), Phase(40, 0.1, loss, ema_decay=0.5)]
-    fit(module, phases, lambda: [torch.optim.AdamW(module.parameters())], folder, settings, CPU)
-    return module
-
-
-def test_a_training_learns_and_its_folder_takes_no_other(tmp_path):
-    module = regression(tmp_path, seed=0)
-    assert (module.weight - 1).abs().max() < 0.1
-    with pytest.raises(InputError, match=r"has seed 0, not 1: give the same settings"):
-        regression(tmp_path, seed=1)
-
-
-def test_a_damaged_training_is_named(tmp_path):
-    # The last one is a pickle that aborts the process which unpickles it.
-    for content in (b"", b"no checkpoint", b"PK\x03\x04 cut off", b"cos\nabort\n(tR."):
-        (tmp_path / "training.pth").write_bytes(content)
-        with pytest.raises(InputError, match=r"training\.pth is damaged: remove it"):
-            regression(tmp_path)
-
-
-def test_a_loss_that_is_not_finite_ends_training(tmp_path):
-    module = nn.Linear(1, 1)
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        return module.weight.sum() * (float("nan") if generator.initial_seed() == 3 else 1.0)
-
-    with pytest.raises(InputError, match="the loss became nan: lower the learning rate"):
-        fit(module, [Phase(4, 0.1, loss)], lambda: [torch.optim.AdamW(module.parameters())], tmp_path, {}, CPU)
-    assert not (tmp_path / "training.pth").exists()
-
-
-# Commands
-
-
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
     """A folder of 12 random images of each of two classes. mar_tiny becomes a network that trains in milliseconds."""
@@ -148,44 +95,42 @@ class Cut(BaseException):
     """Ends a training as a signal would, wherever it is."""
 
 
-@pytest.mark.parametrize("steps_at_a_time", [1, 2])
-def test_mar_that_is_cut_off_again_and_again_gets_the_same_weights(steps_at_a_time, data, tmp_path, monkeypatch):
-    """Two steps at a time go from phase to phase in one process; one at a time starts a phase in another."""
+def test_mar_that_is_cut_off_again_and_again_gets_the_same_weights(data, tmp_path, monkeypatch):
     assert train_mar(data, tmp_path / "whole") == 0
     whole, cut = (tmp_path / name / "checkpoint-last.safetensors" for name in ("whole", "cut"))
     calls, cuts, clip = 0, 0, nn.utils.clip_grad_norm_
 
     def clip_or_cut(*arguments):
-        """Save after every step, and end the training in the step after so many, before the weights change."""
+        """Save after every step, and end the training in every third one, before the weights change."""
         nonlocal calls
         calls += 1
-        if calls % (steps_at_a_time + 1) == 0:
+        if calls % 3 == 0:
             raise Cut
         return clip(*arguments)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip_or_cut)
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
     while not cut.exists():
         try:
             assert train_mar(data, tmp_path / "cut") == 0
         except Cut:
             cuts += 1
-    assert cuts == (9 - 1) // steps_at_a_time
+    assert cuts == 4  # between steps of each phase, and between phases
     assert cut.read_bytes() == whole.read_bytes()
     assert train_mar(data, tmp_path / "cut") == 0  # of a training that is through
     assert cut.read_bytes() == whole.read_bytes()
 
 
-def test_a_vae_and_a_mar_are_trained_on_a_folder_of_images(data, tmp_path, capsys):
+def test_a_vae_and_a_mar_are_trained_on_a_folder_of_images(data, tmp_path):
     vae, mar, more = tmp_path / "vae", tmp_path / "mar", tmp_path / "more"
     flags = ["--data", str(data), "--output_dir", str(vae), "--steps", "2", "--batch_size", "2", "--device", "cpu"]
     assert train.main(["vae", *flags]) == 0
     trained = AutoencoderKL(**PRESETS["mar_tiny"].vae).eval()
     load_weights(trained, vae / "vae.safetensors", what="the VAE")
-    images, labels = load_images(str(data), 32)
+    images, labels = load_images(str(data), 32, tmp_path)
     assert labels.tolist() == [0] * 12 + [1] * 12
     with torch.no_grad():
-        latents = trained.encode(train.to_float(images)).sample(torch.Generator().manual_seed(0))
+        latents = trained.encode(images / 127.5 - 1).sample(torch.Generator().manual_seed(0))
     assert latents.std() * PRESETS["mar_tiny"].latent_scale == pytest.approx(1, rel=0.05)
 
     assert train_mar(data, mar, "--vae_path", vae / "vae.safetensors") == 0
@@ -197,6 +142,19 @@ def test_a_vae_and_a_mar_are_trained_on_a_folder_of_images(data, tmp_path, capsy
         torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
 
 
+def test_a_training_lowers_its_loss(tmp_path):
+    """A linear map learns to sum its inputs."""
+    module = nn.Linear(4, 1)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        x = torch.randn(32, 4, generator=generator)
+        return (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    args = argparse.Namespace(output_dir=tmp_path)
+    loop.fit(module, [torch.optim.AdamW(module.parameters())], loss, args, "sum", steps=80, lr=0.2, ema_decay=0.5)
+    assert (module.weight - 1).abs().max() < 0.1
+
+
 def test_no_two_steps_have_the_same_batch_whether_in_one_training_or_two(data, tmp_path, monkeypatch):
     drawn, forward = [], MAR.forward
     monkeypatch.setattr(MAR, "forward", lambda *args: drawn.append(args[3].flatten().tolist()) or forward(*args))
@@ -205,19 +163,19 @@ def test_no_two_steps_have_the_same_batch_whether_in_one_training_or_two(data, t
     assert len({tuple(positions) for positions in drawn}) == len(drawn) == 9 + 5
 
 
-def test_the_folder_of_another_mar_is_refused(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert train_mar(data, run) == 0
-    for arguments, named in [
-        (["--finish_steps", 3], "--finish_steps 2, not 3"),
-        (["--lr", 1], "--lr 0.0015, not 1.0"),
-        (["--start_from", run], "sha256 of --start_from none, not "),
-    ]:
-        assert train_mar(data, run, *arguments) == 2
-        assert named in capsys.readouterr().err
-    (data / "dogs" / "0.png").unlink()
-    assert train_mar(data, run) == 2
-    assert "sha256 of --data" in capsys.readouterr().err
+def test_what_cannot_be_continued_is_named(data, tmp_path, capsys):
+    def refusal(*arguments: object) -> str:
+        assert train_mar(data, tmp_path / "run", *arguments) == 2
+        return capsys.readouterr().err
+
+    assert "the loss became nan: lower the learning rate" in refusal("--context_lr", 1e30)
+    assert train_mar(data, tmp_path / "run") == 0
+    for arguments in (["--finish_steps", 3], ["--lr", 1], ["--start_from", tmp_path / "run"]):
+        assert f"{arguments[0].removeprefix('--')} " in refusal(*arguments)
+    # The last one is a pickle that aborts the process which unpickles it.
+    for content in (b"", b"PK\x03\x04 cut off", b"cos\nabort\n(tR."):
+        (tmp_path / "run" / "context.pth").write_bytes(content)
+        assert "context.pth is damaged" in refusal()
 
 
 def test_data_that_does_not_fit_is_named(data, tmp_path, capsys):
@@ -237,32 +195,18 @@ def test_data_that_does_not_fit_is_named(data, tmp_path, capsys):
     assert "cannot write" in refusal(data, tmp_path / "file" / "run")
 
 
-def write_fashion_mnist(folder: Path, split: str, count: int) -> None:
-    """Write random images and classes in Fashion-MNIST's format."""
+def test_fashion_mnist_is_read(tmp_path):
     rng = np.random.default_rng(0)
-    for name, shape, limit in [("images-idx3", (count, 28, 28), 256), ("labels-idx1", (count,), 10)]:
+    for name, shape, limit in [("images-idx3", (20, 28, 28), 256), ("labels-idx1", (20,), 10)]:
         header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
-        content = rng.integers(0, limit, shape, dtype=np.uint8).tobytes()
-        (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + content))
-
-
-def test_the_classifier_is_trained_and_its_statistics_written(tmp_path, capsys):
-    write_fashion_mnist(tmp_path, "train", 150)
-    write_fashion_mnist(tmp_path, "t10k", 20)
-    images, labels = load_fashion_mnist(tmp_path)
-    assert images.shape == (150, 3, 32, 32)
-    assert not images[:, :, :2].any() and images[:, :, 2:-2, 2:-2].any()
-    assert labels.unique().tolist() == list(range(10))
-    flags = ["--fashion_mnist", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
-    assert train.main(["classifier", *flags, "--steps", "2", "--batch_size", "8"]) == 0
-    assert "test accuracy" in capsys.readouterr().out
-    load_classifier(tmp_path / "run" / "fashion_classifier.safetensors")
-    with np.load(tmp_path / "run" / "fashion_classifier_stats.npz") as statistics:
-        assert statistics["mu"].shape == (128,)
-
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b damaged")
-    assert train.main(["vae", *flags]) == 2
-    assert "train-images-idx3-ubyte.gz cannot be read" in capsys.readouterr().err
+        written = rng.integers(0, limit, shape, dtype=np.uint8)
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(header + written.tobytes()))
+    images, labels = load_images("fashion-mnist", 32, tmp_path)
+    assert images.shape == (20, 3, 32, 32) and not images[:, :, :2].any() and images[:, :, 2:-2, 2:-2].any()
+    np.testing.assert_array_equal(labels, written)
+    assert (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b damaged")
+    with pytest.raises(InputError, match="Fashion-MNIST cannot be read"):
+        load_images("fashion-mnist", 32, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -270,15 +214,16 @@ def test_the_classifier_is_trained_and_its_statistics_written(tmp_path, capsys):
     [
         ("vae --data nowhere", "--data nowhere: no such folder"),
         ("vae --steps 0", "--steps: must be at least 1"),
-        ("mar --lr inf", "--lr: must be"),
         ("mar --posterior_noise 1.5", "--posterior_noise: must be from 0 to 1"),
-        ("mar --start_from nowhere", "no weights for mar_tiny"),
-        ("mar --fashion_mnist nowhere", "nowhere/train-images-idx3-ubyte.gz cannot be read"),
-        ("classifier --fashion_mnist nowhere", "with --fashion_mnist"),
+        ("mar --model mar_base", "32 x 32 images, but the model's are 256 x 256"),
+        ("mar --start_from nowhere --data images", "no weights for mar_tiny"),
+        ("mar --fashion_mnist nowhere", "with --fashion_mnist"),
     ],
 )
 def test_bad_input_is_named_and_exits_with_2(arguments, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "cats" / "0.png")
     assert train.main([*arguments.split(), "--device", "cpu"]) == 2
     assert named in capsys.readouterr().err
 
