@@ -1,4 +1,4 @@
-"""Train a small MAR and what it needs: `train.py vae`, then `train.py mar`; `train.py classifier` for its scores.
+"""Train a small MAR: first its VAE with `train.py vae`, then the MAR with `train.py mar`.
 
 A training that was stopped continues when the same command is given again. Each training ends by writing its weights as
 safetensors. Any model of `models/presets.py` can be trained on a folder of images with a subfolder for each class.
@@ -8,7 +8,6 @@ docs/training.md gives the reasons for how it is done, and what did not help.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 from collections.abc import Callable
@@ -17,82 +16,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from diffusion.loss import hybrid_loss
 from diffusion.schedule import NUM_TRAIN_STEPS
-from models import MAR, PRESETS, AutoencoderKL, Preset, create_model
-from models.diffloss import DiffusionHead
+from models import MAR, PRESETS, AutoencoderKL, create_model
 from models.presets import MAR_MODELS
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
-from util.extractors import CLASSIFIER_PATH, FashionClassifier, import_torch_fidelity, load_classifier
 from util.files import check_writable, file_digest
-from util.machine import ROOT, choose_device, mixed_precision, weights_digest
-from util.metrics import Statistics
-from util.training.images import FASHION_MNIST_FOLDER, load_fashion_mnist, load_images
-from util.training.initialization import initialize_with_neighbours
-from util.training.loop import Phase, fit
-from util.weights import find_weights, load_weights, save_safetensors
+from util.machine import choose_device, mixed_precision
+from util.training.images import load_images
+from util.training.loop import fit
+from util.weights import load_weights, save_safetensors
 
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 BETAS = (0.9, 0.95)  # of AdamW
 LABEL_DROPOUT = 0.1  # share of images that are trained without their class (MAR paper)
 FIRST_EVERY, FINISH_FIRST_EVERY = 16, 4  # one in so many tokens is trained at the first timestep of sampling
 FIRST_WEIGHT = 300.0  # weight of the noise-prediction error at that timestep
 FINISH_CONDITION_NOISE = 0.5  # standard deviation of the noise in the conditions at that timestep
-SCALE_BATCHES = 20  # batches of 100 images that measure the scale of the VAE's latents
-
-
-def settings_of(args: argparse.Namespace, images: Tensor, **others: str) -> dict[str, Any]:
-    """Return what a training depends on: its flags, and digests of its images and other inputs."""
-    left_out = ("train", "device", "output_dir", "data", "fashion_mnist", "vae_path", "start_from")
-    flags = {f"--{name}": value for name, value in vars(args).items() if name not in left_out}
-    return {**flags, "sha256 of --data": hashlib.sha256(images.numpy().data).hexdigest()[:16], **others}
+QUERY_KEY_SCALE = 1.2  # of the initial weights; a larger scale makes a row attend to fewer and closer rows
+OUTPUT_SCALE = 0.4  # initial scale of what attention adds to a row
 
 
 def draw(images: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw images of one step: their indices [count] on the CPU, and the images on the generator's device."""
+    """Draw images of one step: their indices [count] on the CPU; the images in [-1, 1] on the generator's device."""
     chosen = torch.randint(len(images), (count,), generator=generator, device=generator.device).cpu()
-    return chosen, images[chosen].to(generator.device)
+    return chosen, images[chosen].to(generator.device).float() / 127.5 - 1
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Scale uint8 pixels to [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip half of the images [B, C, H, W] from left to right."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    return torch.where(flip, x.flip(3), x)
-
-
-# VAE
-
-
-def train_vae(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
+def train_vae(args: argparse.Namespace) -> None:
     """Minimize the squared error of the reconstruction, weighted for a Gaussian of `--pixel_std`, plus the KL term."""
-    images, _ = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
+    preset, device = PRESETS[args.model], choose_device(args.device)
+    images, _ = load_images(args.data, preset.architecture["img_size"], args.fashion_mnist)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(**preset.vae).to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = random_flip(to_float(draw(images, args.batch_size, generator)[1]), generator)
+        _, x = draw(images, args.batch_size, generator)
+        flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
+        x = torch.where(flip, x.flip(3), x)
         with mixed_precision(device):
             posterior = vae.encode(x)
             decoded = vae.decode(posterior.sample(generator)).float()
         error = (decoded - x).square().sum(dim=(1, 2, 3)) / (2 * args.pixel_std**2)
         return (error + posterior.kl()).mean() / x[0].numel()
 
-    def make_optimizers() -> list[Optimizer]:
-        return [AdamW(vae.parameters(), betas=BETAS, weight_decay=0.0)]
-
-    fit(vae, [Phase(args.steps, args.lr, loss)], make_optimizers, args.output_dir, settings_of(args, images), device)
+    optimizer = AdamW(vae.parameters(), betas=BETAS, weight_decay=0.0)
+    fit(vae, [optimizer], loss, args, "vae", args.steps, args.lr)
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode():
-        batches = [to_float(draw(images, 100, generator)[1]) for _ in range(SCALE_BATCHES)]
+        batches = [draw(images, 100, generator)[1] for _ in range(20)]
         std = torch.cat([vae.encode(x).sample(generator) for x in batches]).std().item()
     rescale_latents(vae, 1 / (preset.latent_scale * std))
     save_safetensors(vae.state_dict(), args.output_dir / "vae.safetensors", {})
@@ -108,9 +84,6 @@ def rescale_latents(vae: AutoencoderKL, factor: float) -> None:
     vae.post_quant_conv.weight /= factor
 
 
-# MAR
-
-
 class TrainedMAR(nn.Module):
     """A MAR and what only its training needs: a linear readout from conditions to tokens, and the draws of a step."""
 
@@ -123,8 +96,8 @@ class TrainedMAR(nn.Module):
 
     def make_optimizers(self) -> list[Optimizer]:
         """Make AdamW, and Muon for the matrices of the transformer's blocks."""
-        blocks = [*self.network.encoder_blocks, *self.network.decoder_blocks]
-        matrices = [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
+        blocks = nn.ModuleList([*self.network.encoder_blocks, *self.network.decoder_blocks])
+        matrices = [parameter for parameter in blocks.parameters() if parameter.ndim == 2]
         slow = list(self.network.diffloss.net.final_layer.linear.parameters())  # see diffusion_loss
         taken = {id(parameter) for parameter in matrices + slow}
         others = [parameter for parameter in self.parameters() if id(parameter) not in taken]
@@ -138,16 +111,11 @@ class TrainedMAR(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Predict masked tokens from the others, in random orders; some images have no class.
 
-        The tokens get only the share `posterior_noise` of the posterior's noise: all of it would hide what a token
-        tells about its neighbours.
+        The tokens get only the share `posterior_noise` of the noise of their posteriors, whose `mean` and `std` are
+        [B, L, C]: all of it would hide what a token tells about its neighbours. The `labels` are [B].
 
-        Args:
-            mean, std: of the posteriors of the tokens, [B, L, C].
-            labels:    classes [B].
-
-        Returns:
-            Mean squared error of a linear readout of the conditions that predicts `mean`; the masked tokens [B, m, C];
-            their conditions [B, m, D].
+        Returns the mean squared error of a linear readout of the conditions that predicts `mean`, the masked tokens
+        [B, m, C], and their conditions [B, m, D].
         """
         positions = torch.rand(mean.shape[:2], generator=generator, device=mean.device).argsort(dim=1)
         tokens = mean + std * posterior_noise * torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -162,9 +130,58 @@ class TrainedMAR(nn.Module):
         error = (self.readout(conditions).float() - mean[:, num_known:]).square().mean()
         return error, tokens[:, num_known:], conditions
 
+    def diffusion_loss(self, tokens: Tensor, conditions: Tensor, generator: torch.Generator, finish: bool) -> Tensor:
+        """Compute the head's loss on `tokens` [N, C] with their `conditions` [N, D].
 
-def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """Train MAR in three phases.
+        The timestep at which sampling starts is trained more often, because the first denoising step multiplies the
+        head's error by up to 316. The input of the head's last layer is nearly constant at that timestep, so that the
+        layer's weights would move together; they learn at a tenth of the learning rate. In the finish, noise in the
+        conditions at that timestep teaches the head not to rely on them there.
+        """
+        device = tokens.device
+        timesteps = (torch.rand(len(tokens), generator=generator, device=device) * NUM_TRAIN_STEPS).long()
+        timesteps[:: FINISH_FIRST_EVERY if finish else FIRST_EVERY] = NUM_TRAIN_STEPS - 1
+        at_first = timesteps == NUM_TRAIN_STEPS - 1
+        noise = torch.randn(tokens.shape, generator=generator, device=device)
+        if finish:
+            disturbance = torch.randn(conditions.shape, generator=generator, device=device)
+            conditions = conditions + FINISH_CONDITION_NOISE * at_first[:, None] * disturbance
+        squared_error, bound = hybrid_loss(self.network.diffloss.net, tokens, conditions, timesteps, noise)
+        return (torch.where(at_first, FIRST_WEIGHT, 1.0) * squared_error + bound).mean()
+
+
+@torch.no_grad()
+def initialize_with_neighbours(model: MAR) -> None:
+    """Set the initial weights in place so that tokens attend to their neighbours, with PyTorch's global generator.
+
+    A transformer with random weights spends much of a short training on learning which positions are close. "Mimetic
+    initialization" (Trockman and Kolter, arXiv 2305.09828), here on a grid of tokens, gives it that knowledge.
+    """
+    for embedding in (model.encoder_pos_embed_learned, model.decoder_pos_embed_learned):
+        embedding[0, model.buffer_size :] = grid_sinusoids(model.grid_size, embedding.shape[-1])
+    for attention in [block.attn for block in [*model.encoder_blocks, *model.decoder_blocks]]:
+        # Queries and keys become the same random projection of a row, and values a rotation that the output reverts.
+        queries, keys, values = attention.qkv.weight.chunk(3)
+        for query, key in zip(queries.chunk(attention.num_heads), keys.chunk(attention.num_heads), strict=True):
+            projection = QUERY_KEY_SCALE * nn.init.orthogonal_(torch.empty(query.shape))
+            query.copy_(projection + 0.02 * torch.randn(query.shape))
+            key.copy_(projection + 0.02 * torch.randn(query.shape))
+        rotation = nn.init.orthogonal_(torch.empty(values.shape))
+        values.copy_(rotation)
+        attention.proj.weight.copy_(OUTPUT_SCALE * rotation.T)
+
+
+def grid_sinusoids(size: int, width: int) -> Tensor:
+    """Compute sines and cosines of row and column with geometric wavelengths: [size * size, width]; 4 divides width."""
+    count = width // 4
+    wavelengths = 2.0 * 16.0 ** (torch.arange(count) / (count - 1))  # 2 to 32 tokens
+    angles = 2 * math.pi * torch.arange(size)[:, None] / wavelengths
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [size, width / 2]
+    return torch.cat([line[:, None].expand(-1, size, -1), line.expand(size, -1, -1)], dim=2).flatten(0, 1)
+
+
+def train_mar(args: argparse.Namespace) -> None:
+    """Train MAR in three phases, each from the averaged weights of the one before.
 
     1. **Context**: the transformer alone learns to predict unknown tokens from known ones by regression, whose gradient
        is clean where the diffusion loss's is noisy. It starts with attention to neighbours.
@@ -175,26 +192,26 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
     """
     if not hasattr(torch.optim, "Muon"):
         raise InputError(f"train.py mar needs PyTorch 2.9 or later, for torch.optim.Muon: update {torch.__version__}")
-    images, labels = load_images(args.data, preset.architecture.get("img_size", 256), args.fashion_mnist)
+    preset, device = PRESETS[args.model], choose_device(args.device)
+    images, labels = load_images(args.data, preset.architecture["img_size"], args.fashion_mnist)
     torch.manual_seed(args.seed)
     model = create_model(args.model)
     if labels.max() >= model.class_num:
         raise InputError(f"--data {args.data} has {labels.max() + 1} classes, but {args.model} has {model.class_num}")
-    vae = AutoencoderKL(**preset.vae)
-    load_weights(vae, args.vae_path or ROOT / preset.vae_path, what="the VAE")
-    vae = vae.to(device).requires_grad_(False).eval()
-    start = file_digest(find_weights(args.start_from, args.model))[:16] if args.start_from else "none"
-    settings = settings_of(args, images, **{"sha256 of the VAE": weights_digest(vae), "sha256 of --start_from": start})
+    vae = AutoencoderKL(**preset.vae).to(device).requires_grad_(False).eval()
+    load_weights(vae, args.vae_path or preset.vae_path, what="the VAE", ignore_prefixes=["loss."])
     if args.start_from:
-        load_weights(model, args.start_from, what=args.model)
+        file = load_weights(model, args.start_from, what=args.model).path
+        seed, context_steps = int(file_digest(file)[:7], 16), 0  # the batches are not those of the earlier training
     else:
         initialize_with_neighbours(model)
+        seed, context_steps = 0, args.context_steps
     trained = TrainedMAR(model).to(device)
 
     def loss(generator: torch.Generator, *, with_head: bool = True, finish: bool = False) -> Tensor:
         chosen, x = draw(images, args.batch_size, generator)
         with mixed_precision(device):
-            posterior = vae.encode(to_float(x))
+            posterior = vae.encode(x)
             moments = (posterior.mean, torch.exp(0.5 * posterior.logvar))
             mean, std = (model.patchify(preset.latent_scale * moment.float()) for moment in moments)
             error, *masked = trained(mean, std, labels[chosen].to(device), args.posterior_noise, generator)
@@ -202,117 +219,45 @@ def train_mar(args: argparse.Namespace, preset: Preset, device: torch.device) ->
                 return error
             rows = torch.arange(args.head_tokens, device=device) % masked[0].shape[1]  # repeats tokens if there are few
             tokens, conditions = (x[:, rows].flatten(0, 1) for x in masked)
-            return error + diffusion_loss(model.diffloss.net, tokens, conditions, generator, finish)
+            return error + trained.diffusion_loss(tokens, conditions, generator, finish)
 
-    phases = [
-        Phase(0 if args.start_from else args.context_steps, args.context_lr, partial(loss, with_head=False)),
-        Phase(args.steps, args.lr, loss),
-        Phase(args.finish_steps, args.lr / 3, partial(loss, finish=True), ema_decay=0.99),
+    phases: list[tuple[str, Callable, int, float, float]] = [
+        ("context", partial(loss, with_head=False), context_steps, args.context_lr, 0.999),
+        ("diffusion", loss, args.steps, args.lr, 0.999),
+        ("finish", partial(loss, finish=True), args.finish_steps, args.lr / 3, 0.99),
     ]
-    first_seed = int(start[:7], 16) if args.start_from else 0  # the batches are not those of the earlier training
-    fit(trained, phases, trained.make_optimizers, args.output_dir, settings, device, first_seed)
+    for name, phase_loss, steps, lr, ema_decay in phases:
+        fit(trained, trained.make_optimizers(), phase_loss, args, name, steps, lr, ema_decay, seed)
+        seed += steps
     save_safetensors(model.state_dict(), args.output_dir / "checkpoint-last.safetensors", {"weights": "EMA"})
-
-
-def diffusion_loss(
-    head: DiffusionHead, tokens: Tensor, conditions: Tensor, generator: torch.Generator, finish: bool
-) -> Tensor:
-    """Compute the head's loss on `tokens` [N, C] with their `conditions` [N, D].
-
-    The timestep at which sampling starts is trained more often, because the first denoising step multiplies the head's
-    error by up to 316. The input of the head's last layer is nearly constant at that timestep, so that the layer's
-    weights would move together; they learn at a tenth of the learning rate. In the finish, noise in the conditions at
-    that timestep teaches the head not to rely on them there.
-    """
-    device = tokens.device
-    timesteps = (torch.rand(len(tokens), generator=generator, device=device) * NUM_TRAIN_STEPS).long()
-    timesteps[:: FINISH_FIRST_EVERY if finish else FIRST_EVERY] = NUM_TRAIN_STEPS - 1
-    at_first = timesteps == NUM_TRAIN_STEPS - 1
-    noise = torch.randn(tokens.shape, generator=generator, device=device)
-    if finish:
-        disturbance = torch.randn(conditions.shape, generator=generator, device=device)
-        conditions = conditions + FINISH_CONDITION_NOISE * at_first[:, None] * disturbance
-    squared_error, bound = hybrid_loss(head, tokens, conditions, timesteps, noise)
-    return (torch.where(at_first, FIRST_WEIGHT, 1.0) * squared_error + bound).mean()
-
-
-# The Fashion-MNIST classifier behind FID and Inception Score of mar_tiny
-
-
-def train_classifier(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """Train the classifier, and write the statistics of the training images' features."""
-    import_torch_fidelity()  # refuses a version that cannot compute the statistics
-    test_images, test_labels = load_fashion_mnist(args.fashion_mnist, "t10k")
-    images, labels = load_fashion_mnist(args.fashion_mnist)
-    torch.manual_seed(args.seed)
-    classifier = FashionClassifier().to(device).to(memory_format=torch.channels_last)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        chosen, x = draw(images, args.batch_size, generator)
-        shifts = torch.randint(-2, 3, (2,), generator=generator, device=device).tolist()  # the black border is as wide
-        with mixed_precision(device):
-            _, logits = classifier(random_flip(x, generator).roll(shifts, (2, 3)))
-        return F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.05)
-
-    def make_optimizers() -> list[Optimizer]:
-        return [AdamW(classifier.parameters(), betas=BETAS, weight_decay=0.05)]
-
-    phase = Phase(args.steps, args.lr, loss, ema_decay=0.0)  # an average would need batch-norm statistics of its own
-    fit(classifier, [phase], make_optimizers, args.output_dir, settings_of(args, images), device)
-    weights = {name: x.bfloat16() if x.is_floating_point() else x for name, x in classifier.state_dict().items()}
-    path = args.output_dir / CLASSIFIER_PATH.name
-    save_safetensors(weights, path, {})
-
-    written = load_classifier(path).to(device)
-    with torch.inference_mode():
-        predictions = torch.cat([written(batch.to(device))[1].argmax(1).cpu() for batch in test_images.split(500)])
-        features = torch.cat([written(batch.to(device))[0].cpu() for batch in images.split(500)])
-    print(f"{path}: test accuracy {(predictions == test_labels).double().mean():.2%}", flush=True)
-    Statistics.from_features(features).save(args.output_dir / Path(preset.statistics_path).name)
-
-
-# Command line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     networks = parser.add_subparsers(dest="network", required=True)
-    natural, positive = number(int, 1), number(float, 1e-9)
-    data = "fashion-mnist, or a folder of images with a subfolder for each class"
-
-    def add_network(name: str, train: Callable, what: str, steps: int, batch_size: int, lr: float) -> Callable:
-        """Add a subcommand with the flags that all have; return a function that adds flags of its own."""
-        sub = networks.add_parser(name, help=what, description=f"{what[0].upper() + what[1:]}.")
-        sub.set_defaults(train=train)
-
-        def add(flag: str, kind: Callable, default: Any, help: str, **settings: Any) -> None:
-            sub.add_argument(flag, type=kind, default=default, help=help, **settings)
-
-        add("--model", str, "mar_tiny", "model to train", choices=sorted(MAR_MODELS))
-        add("--fashion_mnist", Path, FASHION_MNIST_FOLDER, "folder with Fashion-MNIST's four .gz files")
-        add("--output_dir", Path, Path("output") / f"train_{name}", "folder of the training and its weights")
-        add("--steps", natural, steps, "optimizer steps")
-        add("--batch_size", natural, batch_size, "images in each step")
-        add("--lr", positive, lr, "learning rate")
-        add("--seed", number(int, 0, 2**32 - 1), 0, "seed of the initial weights; batches do not depend on it")
-        add("--device", str, "auto", "where to train", choices=["auto", "cpu", "cuda"])
-        return add
-
-    add = add_network("vae", train_vae, "train the VAE", 2500, 32, 1e-3)
-    add("--data", str, "fashion-mnist", data)
-    add("--pixel_std", positive, 0.08, "standard deviation of a pixel; larger: smoother latents, blurrier images")
-
-    add = add_network("mar", train_mar, "train MAR on the latents of a trained VAE", 3400, 32, 1.5e-3)
-    add("--data", str, "fashion-mnist", data)
-    add("--vae_path", str, None, "weights of the VAE (default: the model's)", metavar="FILE")
-    add("--start_from", str, None, "weights of an earlier training, instead of the context phase", metavar="FILE")
-    add("--context_steps", number(int, 0), 1000, "first steps, without the head")
-    add("--context_lr", positive, 2e-3, "learning rate of the first steps")
-    add("--finish_steps", number(int, 0), 400, "last steps, at a third of the learning rate")
-    add("--posterior_noise", number(float, 0, 1), 0.3, "share of the VAE's noise that the latents get")
-    add("--head_tokens", natural, 128, "tokens of an image that train the diffusion head in one step")
-
-    add_network("classifier", train_classifier, "train the classifier that scores mar_tiny's images", 2400, 250, 4e-3)
+    vae = networks.add_parser("vae", help="train the VAE")
+    mar = networks.add_parser("mar", help="train MAR on the latents of a trained VAE")
+    count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-9)
+    for name, sub, steps, lr in [("vae", vae, 2500, 1e-3), ("mar", mar, 3400, 1.5e-3)]:
+        add, folder = sub.add_argument, Path("output") / f"train_{name}"
+        add("--model", choices=sorted(MAR_MODELS), default="mar_tiny", help="model to train")
+        add("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder for each class")
+        add("--fashion_mnist", type=Path, default=FASHION_MNIST, help="folder with Fashion-MNIST's .gz files")
+        add("--output_dir", type=Path, default=folder, help="folder of the training and its weights")
+        add("--steps", type=count, default=steps, help="optimizer steps")
+        add("--batch_size", type=count, default=32, help="images in each step")
+        add("--lr", type=positive, default=lr, help="learning rate")
+        add("--seed", type=natural, default=0, help="seed of the initial weights; batches do not depend on it")
+        add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    vae.add_argument("--pixel_std", type=positive, default=0.08, help="standard deviation of pixels; more is blurrier")
+    add = mar.add_argument
+    add("--vae_path", metavar="FILE", help="weights of the VAE (default: the model's)")
+    add("--start_from", metavar="FILE", help="weights of an earlier training, instead of the context phase")
+    add("--context_steps", type=natural, default=1000, help="first steps, without the head")
+    add("--context_lr", type=positive, default=2e-3, help="learning rate of the first steps")
+    add("--finish_steps", type=natural, default=400, help="last steps, at a third of the learning rate")
+    add("--posterior_noise", type=number(float, 0, 1), default=0.3, help="share of the VAE's noise in the latents")
+    add("--head_tokens", type=count, default=128, help="tokens of an image that train the diffusion head in one step")
     return parser.parse_args(argv)
 
 
@@ -320,7 +265,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_writable(args.output_dir / "training.pth")
-    args.train(args, PRESETS[args.model], choose_device(args.device))
+    {"vae": train_vae, "mar": train_mar}[args.network](args)
 
 
 if __name__ == "__main__":

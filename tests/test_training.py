@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import train
 from diffusion.loss import hybrid_loss
 from models import MAR, PRESETS, AutoencoderKL, create_model
 from util.errors import InputError
-from util.extractors import load_classifier
 from util.training import loop
-from util.training.images import load_fashion_mnist, load_images
-from util.training.initialization import initialize_with_neighbours
-from util.training.loop import Phase, fit
+from util.training.images import load_images
 from util.weights import load_weights
-
-CPU = torch.device("cpu")
-
-
-# Loss and initial weights
 
 
 def test_the_bound_trains_the_variance_and_not_the_noise():
@@ -42,7 +37,7 @@ def test_the_bound_trains_the_variance_and_not_the_noise():
 def test_a_new_model_attends_to_neighbours():
     torch.manual_seed(0)
     model = create_model("mar_tiny")
-    initialize_with_neighbours(model)
+    train.initialize_with_neighbours(model)
     block, middle = model.decoder_blocks[0], 8 * 16 + 8
     queries, keys_values = block.attn.project(block.norm1(model.masked_input(torch.arange(256)[None])))
     q, k = (x.unflatten(-1, (block.attn.num_heads, -1)) for x in (queries, keys_values.chunk(2, dim=-1)[0]))
@@ -75,58 +70,12 @@ def test_rescaled_latents_reconstruct_the_same_image():
         torch.testing.assert_close(vae.decode(after.mean), image)
 
 
-# The loop
-
-
-def regression(folder: Path, **settings: int) -> nn.Module:
-    """Train a linear map to sum its inputs, in two phases of 40 steps."""
-    torch.manual_seed(0)
-    module = nn.Linear(4, 1)
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        x = torch.randn(32, 4, generator=generator)
-        return (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
-
-    phases = [Phase(40, 0.2, loss), Phase(40, 0.1, loss, ema_decay=0.5)]
-    fit(module, phases, lambda: [torch.optim.AdamW(module.parameters())], folder, settings, CPU)
-    return module
-
-
-def test_a_training_learns_and_its_folder_takes_no_other(tmp_path):
-    module = regression(tmp_path, seed=0)
-    assert (module.weight - 1).abs().max() < 0.1
-    with pytest.raises(InputError, match=r"has seed 0, not 1: give the same settings"):
-        regression(tmp_path, seed=1)
-
-
-def test_a_damaged_training_is_named(tmp_path):
-    # The last one is a pickle that aborts the process which unpickles it.
-    for content in (b"", b"no checkpoint", b"PK\x03\x04 cut off", b"cos\nabort\n(tR."):
-        (tmp_path / "training.pth").write_bytes(content)
-        with pytest.raises(InputError, match=r"training\.pth is damaged: remove it"):
-            regression(tmp_path)
-
-
-def test_a_loss_that_is_not_finite_ends_training(tmp_path):
-    module = nn.Linear(1, 1)
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        return module.weight.sum() * (float("nan") if generator.initial_seed() == 3 else 1.0)
-
-    with pytest.raises(InputError, match="the loss became nan: lower the learning rate"):
-        fit(module, [Phase(4, 0.1, loss)], lambda: [torch.optim.AdamW(module.parameters())], tmp_path, {}, CPU)
-    assert not (tmp_path / "training.pth").exists()
-
-
-# Commands
-
-
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
     """A folder of 12 random images of each of two classes. mar_tiny becomes a network that trains in milliseconds."""
     preset = PRESETS["mar_tiny"]
     narrow = {"encoder_embed_dim": 16, "decoder_embed_dim": 16, "diffloss_w": 16, "diffloss_d": 1}
-    architecture = {**preset.architecture, **narrow, "encoder_depth": 1, "decoder_depth": 1, "buffer_size": 4}
+    architecture = {**preset.architecture, **narrow, "encoder_depth": 1, "decoder_depth": 1, "class_num": 2}
     monkeypatch.setitem(PRESETS, "mar_tiny", dataclasses.replace(preset, architecture=architecture))
     rng = np.random.default_rng(0)
     for name in ("cats", "dogs"):
@@ -144,146 +93,114 @@ def train_mar(data: Path, folder: Path, *arguments: object) -> int:
     return train.main(["mar", *map(str, [*flags, *arguments])])
 
 
-class Cut(BaseException):
-    """Ends a training as a signal would, wherever it is."""
-
-
-@pytest.mark.parametrize("steps_at_a_time", [1, 2])
-def test_mar_that_is_cut_off_again_and_again_gets_the_same_weights(steps_at_a_time, data, tmp_path, monkeypatch):
-    """Two steps at a time go from phase to phase in one process; one at a time starts a phase in another."""
+def test_mar_that_is_cut_off_again_and_again_gets_the_same_weights(data, tmp_path, monkeypatch):
     assert train_mar(data, tmp_path / "whole") == 0
-    whole, cut = (tmp_path / name / "checkpoint-last.safetensors" for name in ("whole", "cut"))
-    calls, cuts, clip = 0, 0, nn.utils.clip_grad_norm_
+    calls, clip = itertools.count(1), nn.utils.clip_grad_norm_
 
     def clip_or_cut(*arguments):
-        """Save after every step, and end the training in the step after so many, before the weights change."""
-        nonlocal calls
-        calls += 1
-        if calls % (steps_at_a_time + 1) == 0:
-            raise Cut
+        """End the training in every third step, before the weights change."""
+        if next(calls) % 3 == 0:
+            raise KeyboardInterrupt
         return clip(*arguments)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip_or_cut)
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
-    while not cut.exists():
-        try:
-            assert train_mar(data, tmp_path / "cut") == 0
-        except Cut:
-            cuts += 1
-    assert cuts == (9 - 1) // steps_at_a_time
-    assert cut.read_bytes() == whole.read_bytes()
-    assert train_mar(data, tmp_path / "cut") == 0  # of a training that is through
-    assert cut.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
+    for _ in range(4):  # between steps of a phase, and between phases
+        with pytest.raises(KeyboardInterrupt):
+            train_mar(data, tmp_path / "cut")
+    for _ in range(2):  # the second time, the training is through
+        assert train_mar(data, tmp_path / "cut") == 0
+        whole, cut = (tmp_path / name / "checkpoint-last.safetensors" for name in ("whole", "cut"))
+        assert cut.read_bytes() == whole.read_bytes()
 
 
-def test_a_vae_and_a_mar_are_trained_on_a_folder_of_images(data, tmp_path, capsys):
-    vae, mar, more = tmp_path / "vae", tmp_path / "mar", tmp_path / "more"
-    flags = ["--data", str(data), "--output_dir", str(vae), "--steps", "2", "--batch_size", "2", "--device", "cpu"]
-    assert train.main(["vae", *flags]) == 0
-    trained = AutoencoderKL(**PRESETS["mar_tiny"].vae).eval()
-    load_weights(trained, vae / "vae.safetensors", what="the VAE")
-    images, labels = load_images(str(data), 32)
+def test_a_mar_is_trained_on_the_latents_of_a_trained_vae(data, tmp_path):
+    path = tmp_path / "vae" / "vae.safetensors"
+    flags = ["--data", str(data), "--output_dir", str(path.parent), "--steps", "2", "--batch_size", "2"]
+    assert train.main(["vae", *flags, "--device", "cpu"]) == 0
+    vae = AutoencoderKL(**PRESETS["mar_tiny"].vae).eval()
+    load_weights(vae, path, what="the VAE")
+    images, labels = load_images(str(data), 32, tmp_path)
     assert labels.tolist() == [0] * 12 + [1] * 12
     with torch.no_grad():
-        latents = trained.encode(train.to_float(images)).sample(torch.Generator().manual_seed(0))
+        latents = vae.encode(images / 127.5 - 1).sample(torch.Generator().manual_seed(0))
     assert latents.std() * PRESETS["mar_tiny"].latent_scale == pytest.approx(1, rel=0.05)
-
-    assert train_mar(data, mar, "--vae_path", vae / "vae.safetensors") == 0
-    assert train_mar(data, more, "--start_from", mar, "--lr", "1e-9") == 0
-    models = [create_model("mar_tiny") for _ in range(2)]
-    for model, folder in zip(models, (mar, more), strict=True):
-        load_weights(model, folder, what="mar_tiny")
-    for before, after in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    assert train_mar(data, tmp_path / "mar", "--vae_path", path) == 0
 
 
-def test_no_two_steps_have_the_same_batch_whether_in_one_training_or_two(data, tmp_path, monkeypatch):
+def test_a_second_training_starts_from_the_weights_of_the_first_with_other_batches(data, tmp_path, monkeypatch):
     drawn, forward = [], MAR.forward
     monkeypatch.setattr(MAR, "forward", lambda *args: drawn.append(args[3].flatten().tolist()) or forward(*args))
-    assert train_mar(data, tmp_path / "first") == 0
-    assert train_mar(data, tmp_path / "second", "--start_from", tmp_path / "first") == 0
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_mar(data, first) == 0
+    assert train_mar(data, second, "--start_from", first, "--lr", 1e-9) == 0
+    weights = [load_file(folder / "checkpoint-last.safetensors") for folder in (first, second)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     assert len({tuple(positions) for positions in drawn}) == len(drawn) == 9 + 5
 
 
-def test_the_folder_of_another_mar_is_refused(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert train_mar(data, run) == 0
-    for arguments, named in [
-        (["--finish_steps", 3], "--finish_steps 2, not 3"),
-        (["--lr", 1], "--lr 0.0015, not 1.0"),
-        (["--start_from", run], "sha256 of --start_from none, not "),
-    ]:
-        assert train_mar(data, run, *arguments) == 2
-        assert named in capsys.readouterr().err
-    (data / "dogs" / "0.png").unlink()
-    assert train_mar(data, run) == 2
-    assert "sha256 of --data" in capsys.readouterr().err
+def test_a_linear_map_learns_to_sum_its_inputs(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Linear(4, 1)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        x = torch.randn(32, 4, generator=generator)
+        return (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    args = argparse.Namespace(output_dir=tmp_path)
+    loop.fit(module, [torch.optim.AdamW(module.parameters())], loss, args, "sum", steps=200, lr=0.1, ema_decay=0.9)
+    assert (module.weight - 1).abs().max() < 0.02
+
+
+def test_a_folder_that_cannot_be_continued_is_named(data, tmp_path, capsys):
+    def refusal(*arguments: object) -> str:
+        assert train_mar(data, tmp_path / "run", *arguments) == 2
+        return capsys.readouterr().err
+
+    assert ": lower the learning rate" in refusal("--context_lr", 1e30)
+    assert train_mar(data, tmp_path / "run") == 0
+    for flag, value in [("--finish_steps", 3), ("--lr", 1), ("--start_from", tmp_path / "run")]:
+        assert f"context.pth: {flag.removeprefix('--')} " in refusal(flag, value)
+    (tmp_path / "run" / "context.pth").write_bytes(b"cos\nabort\n(tR.")  # ends the process which unpickles it
+    assert "context.pth is damaged" in refusal()
 
 
 def test_data_that_does_not_fit_is_named(data, tmp_path, capsys):
-    def refusal(folder: Path, output: Path = tmp_path / "run") -> str:
-        assert train_mar(folder, output) == 2
-        return capsys.readouterr().err
-
-    for name in map(str, range(9)):
-        (data / name).mkdir()
-        Image.new("RGB", (32, 32)).save(data / name / "0.png")
-    assert "has 11 classes, but mar_tiny has 10" in refusal(data)
+    (data / "mice").mkdir()
+    Image.new("RGB", (32, 32)).save(data / "mice" / "0.png")
+    assert train_mar(data, tmp_path / "run") == 2
+    assert "has 3 classes, but mar_tiny has 2" in capsys.readouterr().err
     (data / "cats" / "0.png").write_bytes((data / "cats" / "1.png").read_bytes()[:200])
-    assert "cats/0.png cannot be read as an image" in refusal(data)
-    (tmp_path / "empty" / "cats").mkdir(parents=True)
-    assert "no subfolders with images" in refusal(tmp_path / "empty")
-    (tmp_path / "file").touch()
-    assert "cannot write" in refusal(data, tmp_path / "file" / "run")
+    assert train_mar(data, tmp_path / "run") == 2
+    assert "cats/0.png cannot be read as an image" in capsys.readouterr().err
 
 
-def write_fashion_mnist(folder: Path, split: str, count: int) -> None:
-    """Write random images and classes in Fashion-MNIST's format."""
+def test_fashion_mnist_is_read(tmp_path):
     rng = np.random.default_rng(0)
-    for name, shape, limit in [("images-idx3", (count, 28, 28), 256), ("labels-idx1", (count,), 10)]:
-        header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
-        content = rng.integers(0, limit, shape, dtype=np.uint8).tobytes()
-        (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + content))
-
-
-def test_the_classifier_is_trained_and_its_statistics_written(tmp_path, capsys):
-    write_fashion_mnist(tmp_path, "train", 150)
-    write_fashion_mnist(tmp_path, "t10k", 20)
-    images, labels = load_fashion_mnist(tmp_path)
-    assert images.shape == (150, 3, 32, 32)
-    assert not images[:, :, :2].any() and images[:, :, 2:-2, 2:-2].any()
-    assert labels.unique().tolist() == list(range(10))
-    flags = ["--fashion_mnist", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
-    assert train.main(["classifier", *flags, "--steps", "2", "--batch_size", "8"]) == 0
-    assert "test accuracy" in capsys.readouterr().out
-    load_classifier(tmp_path / "run" / "fashion_classifier.safetensors")
-    with np.load(tmp_path / "run" / "fashion_classifier_stats.npz") as statistics:
-        assert statistics["mu"].shape == (128,)
-
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b damaged")
-    assert train.main(["vae", *flags]) == 2
-    assert "train-images-idx3-ubyte.gz cannot be read" in capsys.readouterr().err
+    pixels, classes = rng.integers(0, 256, (20, 28, 28), np.uint8), rng.integers(0, 10, 20, np.uint8)
+    for name, header_size, values in [("images-idx3", 16, pixels), ("labels-idx1", 8, classes)]:
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(bytes(header_size) + values.tobytes()))
+    images, labels = load_images("fashion-mnist", 32, tmp_path)
+    np.testing.assert_array_equal(images, np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None].repeat(3, axis=1))
+    np.testing.assert_array_equal(labels, classes)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b damaged")
+    with pytest.raises(InputError, match="Fashion-MNIST cannot be read"):
+        load_images("fashion-mnist", 32, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ("vae --data nowhere", "--data nowhere: no such folder"),
-        ("vae --steps 0", "--steps: must be at least 1"),
-        ("mar --lr inf", "--lr: must be"),
+        ("vae --output_dir file/run", "cannot write"),
         ("mar --posterior_noise 1.5", "--posterior_noise: must be from 0 to 1"),
-        ("mar --start_from nowhere", "no weights for mar_tiny"),
-        ("mar --fashion_mnist nowhere", "nowhere/train-images-idx3-ubyte.gz cannot be read"),
-        ("classifier --fashion_mnist nowhere", "with --fashion_mnist"),
+        ("mar --model mar_base", "32 x 32 images, but the model's are 256 x 256"),
+        ("mar --data data --start_from nowhere", "no weights for mar_tiny"),
+        ("mar --fashion_mnist nowhere", "with --fashion_mnist"),
     ],
 )
-def test_bad_input_is_named_and_exits_with_2(arguments, named, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_named_and_exits_with_2(arguments, named, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     assert train.main([*arguments.split(), "--device", "cpu"]) == 2
     assert named in capsys.readouterr().err
-
-
-def test_mar_asks_for_a_pytorch_that_has_muon(tmp_path, monkeypatch, capsys):
-    monkeypatch.delattr(torch.optim, "Muon")
-    assert train.main(["mar", "--output_dir", str(tmp_path)]) == 2
-    assert "needs PyTorch 2.9 or later" in capsys.readouterr().err
