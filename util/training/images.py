@@ -46,11 +46,11 @@ def _load_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor]:
     files = [folder / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
     try:
         pixels, classes = (bytearray(gzip.decompress(file.read_bytes())) for file in files)
-    except (OSError, EOFError, zlib.error) as error:
+        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
+        labels = torch.frombuffer(classes, dtype=torch.uint8, offset=8).long()
+    except (OSError, EOFError, zlib.error, RuntimeError, ValueError) as error:
         raise InputError(
             f"Fashion-MNIST cannot be read from {folder} ({error}): install Debian's package dataset-fashion-mnist, or "
             "give the folder of Fashion-MNIST's .gz files with --fashion_mnist"
         ) from None
-    images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
-    labels = torch.frombuffer(classes, dtype=torch.uint8, offset=8).long()
     return F.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1), labels
