@@ -99,7 +99,7 @@ def draw_rows(plan: Plan, done: int) -> Image.Image:
     for step in plan.steps[:done]:
         column = picture[:, width * step.index : width * (step.index + 1) - 1]
         column[:] = REUSED
-        column[plan.num_rows - step.num_kept :] = REFRESH if step.refresh else LAZY
+        column[plan.num_rows - step.num_recomputed :] = REFRESH if step.refresh else LAZY
     return Image.fromarray(picture)
 
 

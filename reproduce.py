@@ -145,7 +145,7 @@ def print_costs(study: Study, device: torch.device, dtype: torch.dtype, num_proc
 def describe(row: Row, dtype: torch.dtype, rate: float) -> str:
     """Describe the plan and the costs of an evaluation in a line below `COSTS`, given the FLOP/s of sampling."""
     options, plan = row.options, row.options.plan
-    kept = [step.num_kept for step in plan if not step.refresh]
+    kept = [step.num_recomputed for step in plan if not step.refresh]
     rows = f"{kept[0]}-{kept[-1]}" if kept else ""
     paper = TABLE.get((options.model, options.method_name), PaperRow(*[math.nan] * len(PaperRow._fields)))
     memory = memory_needed(options.meta_model, plan, options.eval_bsz, dtype)

@@ -73,8 +73,8 @@ def test_the_heads_refresh_interval_shortens_with_annealed_chains() -> None:
 def test_recap_alternates_in_the_second_half() -> None:
     plan = plan_of("recap")
     for step, length in zip(plan, lengths(plan)):
-        group = 320 if step.refresh else step.stop - step.previous
-        assert (step.num_kept, step.num_branches, length) == (group, 2, 100 if step.refresh else 40)
+        group = 320 if step.refresh else step.stop - step.previous_start
+        assert (step.num_recomputed, step.num_branches, length) == (group, 2, 100 if step.refresh else 40)
     assert lazy_steps("recap+gtr") == [17, 19, 21, 23, 25, 27, 29, 31]
     for num_iter in (36, 48, 63, 64, 128):  # of the paper, but for the odd one
         assert lazy_steps("recap", num_iter=num_iter) == list(range(math.ceil(num_iter / 2) + 1, num_iter, 2))

@@ -75,7 +75,7 @@ def trace(model: MAR, class_labels: Tensor, plan: Plan, tokens: Tensor, order: T
 def row_groups(step: Step, buffer_size: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return masks [R] of the rows of each of `ROW_GROUPS`."""
     rows = torch.arange(num_rows) - buffer_size
-    predicted_before = (step.previous <= rows) & (rows < step.start)
+    predicted_before = (step.previous_start <= rows) & (rows < step.start)
     predicted_now = (step.start <= rows) & (rows < step.stop)
     return predicted_before, predicted_now, ~(predicted_before | predicted_now)
 

@@ -1,7 +1,7 @@
 """The token cache and the condition cache. The head cache is in `head.py`, beside the only loop that uses it.
 
-A batch of B images is computed as B sequences per branch, those of the conditional branch first. A cache that holds
-fewer sequences than a step computes keeps the first ones.
+A batch is computed as one sequence per image and branch, those of the conditional branch first. Shapes here count
+sequences: [B, ...] are B sequences. A cache that holds fewer sequences than a step computes stores the first ones.
 
 Everything is written in place, because captured CUDA graphs read it at a fixed address.
 """
@@ -27,7 +27,7 @@ class KeyValueCache:
 
     def write_known(self, step: Step, new: Tensor) -> Tensor:
         """Write rows [B, P + n, 2D] of the buffer and the step's new tokens; return those of all known tokens."""
-        write_slices(self.rows, self.buffer_size, step.new, new)
+        write_slices(self.rows, self.buffer_size, step.encoded, new)
         return self.rows[: len(new), : self.buffer_size + step.start]
 
     def write_all(self, new: Tensor) -> None:
@@ -35,10 +35,10 @@ class KeyValueCache:
         written = self.rows[: len(new)]
         written.copy_(new[: len(written)])
 
-    def write_kept(self, kept: Tensor, new: Tensor) -> Tensor:
-        """Write rows [B, n, 2D] at flat indices `kept` [B * n]; return all rows of these sequences."""
+    def write_recomputed(self, chosen: Tensor, new: Tensor) -> Tensor:
+        """Write rows [B, n, 2D] at flat indices `chosen` [B * n]; return all rows of these sequences."""
         rows = self.rows[: len(new)]
-        rows.flatten(0, 1).index_copy_(0, kept, new.flatten(0, 1))
+        rows.flatten(0, 1).index_copy_(0, chosen, new.flatten(0, 1))
         return rows
 
 
@@ -46,11 +46,14 @@ class TokenCache:
     """The paper's token cache: features of most tokens hardly change from one step to the next.
 
     A refresh step computes all rows and leaves their keys and values here: in every encoder block those of the buffer
-    and the known tokens, in the decoder blocks after the prune layer those of all rows. A lazy step computes some rows,
-    overwrites their keys and values, and attends to all rows:
+    and the known tokens, in the decoder blocks after the prune layer those of all rows. A lazy step computes these rows
+    and overwrites their keys and values:
 
     - in the encoder the buffer and the tokens predicted at the step before;
-    - in the decoder all rows up to the attention of the prune layer, and after it the rows that `choose_rows` returns.
+    - in the decoder all rows up to the keys and values of the prune layer, and from its attention on the rows that
+      `choose_rows` returns.
+
+    They attend to the cached keys and values of all rows: in the encoder those of the buffer and the known tokens.
     """
 
     def __init__(self, model: MAR, plan: Plan, num_images: int) -> None:
@@ -66,20 +69,20 @@ class TokenCache:
         self.rule = RULES[policy.selection](len(plan), num_sequences, plan.num_rows, num_heads, model.mask_token)
 
     def choose_rows(self, step: Step, features: Tensor) -> Tensor:
-        """Choose the rows that are recomputed after the prune layer, given the rule's features of all rows [B, R, D].
+        """Choose the rows to recompute, given the rule's features of all rows [B, R, D].
 
-        Returns row numbers [B, num_kept]: first the tokens predicted since `step.previous`, which the decoder sees as
-        known for the first time, then those whose output is needed, up to `step.horizon`, then the rows that the rule
-        scores lowest.
+        Returns row numbers [B, num_recomputed]: first the tokens from `step.previous_start` on, which the decoder sees
+        as known for the first time, then those whose output is needed, up to `step.output_stop`, then the rows that the
+        rule scores lowest.
         """
         scores = self.rule.scores(step.index, features)
-        first, last = self.buffer_size + step.previous, self.buffer_size + step.horizon
+        first, last = self.buffer_size + step.previous_start, self.buffer_size + step.output_stop
         scores[:, first:last] = math.inf
-        others = scores.topk(step.num_kept - (last - first), largest=False).indices
-        in_hand = torch.arange(first, last, device=features.device).expand(len(features), -1)
-        return torch.cat([in_hand, others], dim=1)
+        others = scores.topk(step.num_recomputed - (last - first), largest=False).indices
+        always = torch.arange(first, last, device=features.device).expand(len(features), -1)
+        return torch.cat([always, others], dim=1)
 
-    def flat(self, rows: Tensor) -> Tensor:
+    def flat_indices(self, rows: Tensor) -> Tensor:
         """Return row numbers [B, n] as flat indices [B * n] into the B * R rows of all sequences."""
         offsets = self.num_rows * torch.arange(len(rows), device=rows.device)
         return (rows + offsets[:, None]).flatten()
@@ -97,9 +100,9 @@ class ConditionCache:
         self.difference = model.mask_token.new_empty(num_images, model.seq_len, model.mask_token.shape[-1])
 
     def store(self, step: Step, decoded: Tensor) -> None:
-        """Store the difference of both branches' output [2B, horizon - start, D]."""
+        """Store the difference of both branches' output [2B, output_stop - start, D]."""
         conditional, unconditional = decoded.chunk(2)
-        self.difference[:, step.start : step.horizon] = unconditional - conditional
+        self.difference[:, step.start : step.output_stop] = unconditional - conditional
 
     def add_unconditional(self, step: Step, decoded: Tensor) -> Tensor:
         """Return both branches [2B, k, D] for a lazy step's conditional output [B, k, D]."""
@@ -107,9 +110,9 @@ class ConditionCache:
 
 
 def write_slices(rows: Tensor, buffer_size: int, tokens: slice, new: Tensor) -> None:
-    """Write `new` [B, P + n, D], the buffer and the n given tokens, into `rows` [B, P + L, D], as far as it has room.
+    """Write `new` [B, P + n, D], the buffer and the n given tokens, into `rows` [B, P + L, D].
 
-    Two slice copies: the rows are the same for every sequence.
+    Sequences that `rows` has no room for are dropped. All sequences write to the same two slices.
     """
     new = new[: len(rows)]
     known = rows[: len(new), buffer_size + tokens.start : buffer_size + tokens.stop]

@@ -55,7 +55,7 @@ def block_flops(block: Block, projected: int, queries: int, keys: int) -> int:
 
 def encoder(model: MAR, step: Step) -> int:
     """FLOPs of a step in the encoder."""
-    new, known = step.new.stop - step.new.start, model.buffer_size + step.start
+    new, known = step.encoded.stop - step.encoded.start, model.buffer_size + step.start
     rows = model.buffer_size + new
     blocks = sum(block_flops(block, rows, rows, known) for block in model.encoder_blocks)
     return step.num_branches * (2 * new * model.token_dim * model.fake_latent.shape[-1] + blocks)
@@ -63,15 +63,15 @@ def encoder(model: MAR, step: Step) -> int:
 
 def decoder(model: MAR, plan: Plan, step: Step) -> int:
     """FLOPs of a step in the decoder."""
-    changed = model.buffer_size + step.new.stop - step.new.start
+    changed = model.buffer_size + step.encoded.stop - step.encoded.start
     total = 2 * changed * model.decoder_embed.in_features * model.decoder_embed.out_features
     rows, last = plan.num_rows, len(model.decoder_blocks) - 1
     for number, block in enumerate(model.decoder_blocks):
         projected = changed if number == 0 else rows
         if number == last:
-            rows = step.horizon - step.start
+            rows = step.output_stop - step.start
         elif plan.policy.token_cache and number == plan.policy.prune_layer:
-            rows = step.num_kept
+            rows = step.num_recomputed
         total += block_flops(block, projected, rows, plan.num_rows)
     return step.num_branches * total
 

@@ -25,13 +25,13 @@ class HeadCache:
 
     mlp_outputs: each block's MLP output, before the gate; stored by full and warm-up steps, read by reuse steps.
     residuals:   residual of each consecutive group of skipped blocks, keyed by its first block; stored by full steps.
-    guidance:    predicted noise, conditional - unconditional; stored by full steps. None without guidance.
+    direction:   of guidance: predicted noise, conditional - unconditional; stored by full steps. None without guidance.
     """
 
     def __init__(self) -> None:
         self.mlp_outputs: dict[int, Tensor] = {}
         self.residuals: dict[int, Tensor] = {}
-        self.guidance: Tensor | None = None
+        self.direction: Tensor | None = None
 
 
 class HeadSampler:
@@ -47,7 +47,7 @@ class HeadSampler:
         self.block_groups = [(skipped, list(numbers)) for skipped, numbers in by_skipping]
 
         given = temperature, head.input_proj.weight.device, dtype
-        self.rule = Solver(plan.solver, *given) if plan.solver else Ancestral(plan.timesteps, *given)
+        self.denoiser = Solver(plan.solver, *given) if plan.solver else Ancestral(plan.timesteps, *given)
         times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; of int64, or float64 by a solver
         kinds = set(plan.steps)
         self.times = {
@@ -75,21 +75,21 @@ class HeadSampler:
         """Return tokens [n, C] for `conditions` [n, D], or [2n, D] with guidance, the conditional branch first.
 
         Args:
-            noise:    [D, n, C], the plan's `num_draws`: where denoising starts, then a draw for each ancestral step.
+            noise:    [num_draws, n, C]: where denoising starts, then a draw for each ancestral step.
             guidance: [] the CFG scale - 1.
         """
         cache = HeadCache()
-        x, advance = self.rule.begin(noise)
+        x, advance = self.denoiser.begin(noise)
         embedded = self.head.cond_embed(conditions)
         modulations = {
             kind: Modulations(layers, self.times[kind], embedded if kind is FULL else embedded[: len(x)])
             for kind, layers in self.modulation_layers.items()
         }
-        position = dict.fromkeys(self.times, 0)  # denoising steps of each kind so far
+        steps_done = dict.fromkeys(self.times, 0)  # of each kind
         for kind, count in self.plan.groups:
-            for *of_blocks, of_output in modulations[kind].at(position[kind], count):
+            for *of_blocks, of_output in modulations[kind].at(steps_done[kind], count):
                 if kind is REUSE:
-                    reused = self._reused(of_blocks, cache, len(of_output))
+                    reused = self._cached_sum(of_blocks, cache, len(of_output))
                 for number, output in enumerate(of_output):
                     if kind is REUSE:
                         h = F.linear(x, self.input_weight) + reused[number]
@@ -97,10 +97,10 @@ class HeadSampler:
                         h = F.linear(x, self.input_weight, self.input_bias)
                         h = self._blocks(kind, h, [modulation[number] for modulation in of_blocks], cache)
                     eps, v = self._predict(kind, h, output, cache)
-                    if cache.guidance is not None:
-                        eps = torch.addcmul(eps, cache.guidance, guidance)
+                    if cache.direction is not None:
+                        eps = torch.addcmul(eps, cache.direction, guidance)
                     x = advance(x, eps, v)
-            position[kind] += count
+            steps_done[kind] += count
         return x
 
     def _blocks(self, kind: DenoisingStep, h: Tensor, modulations: list[Tensor], cache: HeadCache) -> Tensor:
@@ -125,8 +125,8 @@ class HeadSampler:
                 cache.residuals[blocks[0]] = (h - before)[:num_tokens]
         return h
 
-    def _reused(self, gates: list[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
-        """Return what the first layer's bias and all blocks add [steps, n, W] in reuse steps, which compute no block.
+    def _cached_sum(self, gates: list[Tensor], cache: HeadCache, num_steps: int) -> Tensor:
+        """Return the sum [steps, n, W] of the first layer's bias and all cached contributions of blocks.
 
         Only the gates differ between consecutive reuse steps, so the sum is computed for several at once.
         """
@@ -153,7 +153,7 @@ class HeadSampler:
         eps, v = F.linear(modulated, *self.output_layer).chunk(2, dim=-1)
         if kind is FULL and self.plan.num_branches == 2:
             eps, unconditional = eps.chunk(2)
-            cache.guidance, v = eps - unconditional, v[: len(eps)]
+            cache.direction, v = eps - unconditional, v[: len(eps)]
         return eps, v
 
 

@@ -1,7 +1,7 @@
-"""The plan of a run: what every step computes. A schedule and a cache policy decide it before the first step.
+"""The plan of a run: how much every step computes. A schedule and a cache policy decide it before the first step.
 
 That is possible because the order of prediction is drawn up front and the number of tokens per step is known. The
-loops that carry out a plan take no decisions. `print(plan)` shows it.
+plan says how many rows a step recomputes; which ones depends on the image. `print(plan)` shows a plan.
 
 Tokens are numbered in order of prediction. Rows are the P buffer rows, which hold the class, then the L tokens.
 """
@@ -58,28 +58,29 @@ class HeadPlan:
 class Step:
     """The plan of one autoregressive step.
 
-    index:         from 0.
-    start, stop:   range of the tokens predicted now; the tokens before `start` are known.
-    previous:      first token predicted at the previous step, or at the last step that computed as many branches.
-    cfg:           CFG scale; 1 at a step without guidance.
-    refresh:       True if everything is computed; always True in the baseline.
-    num_branches:  branches that the transformer computes: 2, or the conditional one alone.
-    reuses_tokens: True if features of tokens known before `previous` are read from the token cache.
-    num_kept:      rows that are recomputed after the prune layer.
-    horizon:       end of the token range whose output is needed before both branches are computed again.
-    chains:        the head's plan, and how many of the tokens predicted now take it; see `Schedule`.
+    index:          from 0.
+    start, stop:    range of the tokens predicted now; the tokens before `start` are known.
+    previous_start: first token predicted at the previous step, or at the last step that computed as many branches.
+    cfg:            CFG scale; 1 at a step without guidance.
+    refresh:        True if the transformer computes all rows in all branches; always True in the baseline.
+    num_branches:   branches that the transformer computes: 2, or the conditional one alone.
+    reuses_tokens:  True if features of tokens before `previous_start` are read from the token cache.
+    num_recomputed: rows that are recomputed after they were chosen in the prune layer.
+    output_stop:    end of the token range whose decoder output this step computes: `stop`, or further where the output
+                    fills the condition cache.
+    chains:         the head's plan, and how many of the tokens predicted now take it; see `Schedule`.
     """
 
     index: int
     start: int
     stop: int
-    previous: int
+    previous_start: int
     cfg: float
     refresh: bool
     num_branches: int
     reuses_tokens: bool
-    num_kept: int
-    horizon: int
+    num_recomputed: int
+    output_stop: int
     chains: tuple[tuple[HeadPlan, int], ...]
 
     @property
@@ -88,9 +89,9 @@ class Step:
         return self.stop - self.start
 
     @property
-    def new(self) -> slice:
-        """The known tokens whose features are computed rather than read from the token cache."""
-        return slice(self.previous if self.reuses_tokens else 0, self.start)
+    def encoded(self) -> slice:
+        """The known tokens that pass through the encoder; the features of the others are read from the token cache."""
+        return slice(self.previous_start if self.reuses_tokens else 0, self.start)
 
     @property
     def predicted(self) -> slice:
@@ -144,11 +145,11 @@ class Plan:
 
     @property
     def head_evaluations(self) -> int:
-        """Number of evaluations of the head that follow one another."""
+        """Number of sequential evaluations of the head."""
         return sum(len(head.steps) for step in self for head, _ in step.chains)
 
     def __str__(self) -> str:
-        lines = ["step  kind     known  predicts    cfg  branches   rows kept   denoising steps"]
+        lines = ["step  kind     known  predicts    cfg  branches  recomputes   denoising steps"]
         for step in self:
             kind = "refresh" if step.refresh else "lazy"
             chains = [str(len(head.steps)) for head, _ in step.chains]
@@ -156,7 +157,7 @@ class Plan:
                 chains = [f"{chain} for {count} tokens" for chain, (_, count) in zip(chains, step.chains)]
             lines.append(
                 f"{step.index:4d}  {kind:7s}  {step.start:5d}  {step.num_tokens:8d}  {step.cfg:5.2f}  "
-                f"{step.num_branches:8d}  {step.num_kept:4d} of {self.num_rows}   {', '.join(chains)}"
+                f"{step.num_branches:8d}  {step.num_recomputed:4d} of {self.num_rows}   {', '.join(chains)}"
             )
         return "\n".join(lines)
 
@@ -165,7 +166,7 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     """Combine a schedule with a cache policy. Without a policy the plan is the baseline: everything is computed."""
     policy = policy or NO_CACHE
     num_iter, num_rows = len(schedule.steps), buffer_size + schedule.seq_len
-    known = [*itertools.accumulate((step.num_tokens for step in schedule.steps), initial=len(schedule.known))]
+    num_known = [*itertools.accumulate((step.num_tokens for step in schedule.steps), initial=len(schedule.known))]
     num_branches = 2 if any(step.cfg > 1 for step in schedule.steps) else 1
     condition_cache = policy.condition_cache and num_branches == 2
     lazy_branches = 1 if condition_cache and policy.condition_interval is None else num_branches
@@ -177,28 +178,28 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     steps: list[Step] = []
     for index, scheduled in enumerate(schedule.steps):
         refresh, next_both = index in refreshes, _first_after(index, both, num_iter)
-        # The unconditional branch is also computed for the steps that will read what it stores.
+        # The unconditional branch is needed if this step is guided, or one that reads what this step stores.
         readers_end = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
         is_guided = any(step.cfg > 1 for step in schedule.steps[index:readers_end])
         branches = num_branches if is_guided and index in both else 1
-        # A branch that steps have skipped catches up with all tokens predicted since its last one.
+        # If earlier steps skipped the unconditional branch, all tokens predicted since it last ran are new to it.
         before = max((step.index for step in steps if step.num_branches >= branches), default=0)
-        start, stop, previous = known[index], known[index + 1], known[before]
-        horizon = known[next_both] if condition_cache and branches == 2 else stop
-        reuses_tokens, num_kept = policy.token_cache and not refresh, num_rows
+        start, stop, previous_start = num_known[index], num_known[index + 1], num_known[before]
+        output_stop = num_known[next_both] if condition_cache and branches == 2 else stop
+        reuses_tokens, num_recomputed = policy.token_cache and not refresh, num_rows
         if reuses_tokens:
-            num_kept = policy.rows_kept(index, num_iter, num_rows, in_hand=horizon - previous)
+            num_recomputed = policy.rows_recomputed(index, num_iter, num_rows, num_always=output_stop - previous_start)
         step = Step(
             index=index,
             start=start,
             stop=stop,
-            previous=previous,
+            previous_start=previous_start,
             cfg=scheduled.cfg,
             refresh=refresh,
             num_branches=branches,
             reuses_tokens=reuses_tokens,
-            num_kept=num_kept,
-            horizon=horizon,
+            num_recomputed=num_recomputed,
+            output_stop=output_stop,
             chains=plan_chains(scheduled, policy),
         )
         steps.append(step)

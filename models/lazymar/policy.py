@@ -19,19 +19,21 @@ class CachePolicy:
     """LazyMAR's settings. The defaults are the paper's for 64 steps (arXiv 2503.12450 and the authors' code).
 
     Args:
-        start_step:            every autoregressive step before this one is a refresh step, which computes everything;
-                               a fraction below 1 is of all steps.
+        start_step:            every autoregressive step before this one is a refresh step, which computes all rows in
+                               both branches; a value below 1 is a fraction of all steps.
         refresh_interval:      from the start step on, one step in this many is a refresh step.
         refresh_steps:         the refresh steps themselves, in place of the two above; the first step always is one.
-        prune_layer:           decoder block after whose attention only some rows are recomputed.
-        kept_fractions:        (step, fraction) pairs: the fraction of rows that is recomputed after the prune layer,
-                               from each listed step of 64 on.
-        min_margin:            rows recomputed at least, besides those predicted at this step and the step before.
+        prune_layer:           decoder block that chooses rows: from its attention on, only these are recomputed.
+        kept_fractions:        (step, fraction) pairs: the fraction of rows that is recomputed, from each listed step of
+                               64 on.
+        min_margin:            minimum number of rows to recompute besides the tokens predicted at this step and the
+                               step before.
         selection:             how these rows are chosen, a key of `selection.RULES`.
-        head_refresh_interval: denoising steps whose index is a multiple of this run the whole head; a fraction below 1
-                               is of the chain's steps.
+        head_refresh_interval: the whole head runs at denoising steps whose index is a multiple of this; a value below 1
+                               is a fraction of the chain's steps.
         head_skipped_blocks:   head blocks whose cached residual is reused between full denoising steps.
-        head_warmup:           above this fraction of the chain the other head blocks are computed at every step.
+        head_warmup:           the other head blocks are computed while the denoising step's index, which counts down,
+                               is above this fraction of the chain: by default at the first tenth.
         condition_interval:    every so many steps after a refresh step, a lazy step computes both branches and stores
                                their difference anew; None: only refresh steps do.
         token_cache, condition_cache, head_cache: switch each cache on or off.
@@ -95,19 +97,18 @@ class CachePolicy:
         last_refresh = next(index for index in range(step, -1, -1) if self.is_refresh(index, num_iter))
         return (step - last_refresh) % self.condition_interval == 0
 
-    def rows_kept(self, step: int, num_iter: int, num_rows: int, in_hand: int) -> int:
-        """Return how many of `num_rows` rows a lazy step recomputes after the prune layer.
+    def rows_recomputed(self, step: int, num_iter: int, num_rows: int, num_always: int) -> int:
+        """Return how many of `num_rows` rows a lazy step recomputes, of which `num_always` are not up to the rule.
 
-        The fraction is looked up at the same progress through 64 steps. `in_hand` counts the tokens predicted at this
-        step and the step before, which are always among these rows.
+        The fraction is looked up at the same progress through 64 steps.
         """
         progress = step * REFERENCE_STEPS // num_iter
         fraction = [fraction for start, fraction in self.kept_fractions if start <= progress][-1]
-        return min(num_rows, max(in_hand + self.min_margin, int(num_rows * fraction)))
+        return min(num_rows, max(num_always + self.min_margin, int(num_rows * fraction)))
 
 
 def count_of(value: int | float, total: int) -> int:
-    """Return a number of steps: `value` itself, or rounded up if it is a fraction of `total`."""
+    """Return a number of steps: `value`, or `value * total` rounded up if `value` is a fraction."""
     return math.ceil(round(value * total, 6)) if 0 < value < 1 else int(value)
 
 

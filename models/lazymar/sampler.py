@@ -18,8 +18,8 @@ from models.lazymar.plan import HeadPlan, Plan, Step
 from models.lazymar.transformer import Transformer
 from models.mar import MAR
 
-# Raised by hand when the same settings, weights and seed give other images, by more than rounding: a run that began
-# with another version is then not continued. `tests/test_sampling.py` holds fingerprints that tell when.
+# Increased by hand when the same settings, weights and seed give other images, by more than rounding: runs that began
+# with an earlier version are then refused. Fingerprints in `tests/test_sampling.py` tell when.
 SAMPLER_VERSION = 1
 
 
@@ -165,8 +165,8 @@ class Sampler:
             self.state = _State(self, num_images)
         state = self.state
         tokens = torch.zeros(*positions.shape, self.model.token_dim, dtype=self.dtype, device=self.device)
-        if known := len(self.plan.schedule.known):
-            tokens[:, :known] = self.model.patchify(latents)[:, positions[0, :known]]
+        if num_known := len(self.plan.schedule.known):
+            tokens[:, :num_known] = self.model.patchify(latents)[:, positions[0, :num_known]]
         state.transformer.begin(class_labels, positions)
         for step in self.plan:
             draws = noise.draw(step.index, step.num_tokens)
@@ -182,12 +182,12 @@ class Sampler:
         latents.copy_(self.model.unpatchify(in_raster_order))
 
     def positions(self, orders: Tensor) -> Tensor:
-        """Return the positions [B, L] of the tokens in order of prediction; those known from the start, and those of
-        one step, are ascending.
+        """Return the positions [B, L] of the tokens in order of prediction, sorted within each step.
 
-        Tokens are kept in this order, so that all tokens that a step needs are a slice.
+        Tokens that are known from the start come first. In this order, all tokens that a step needs are a slice.
         """
-        order, stages, known = orders.flip(1), self.plan.schedule.stages, self.plan.schedule.known
+        order = orders.flip(1)  # MAR predicts the last token of its order first
+        stages, known = self.plan.schedule.stages, self.plan.schedule.known
         if stages or known:
             ranks = list(stages or [0] * self.model.seq_len)
             for position in known:
@@ -209,11 +209,11 @@ class _State:
 
     def conditions(self, step: Step, tokens: Tensor) -> Tensor:
         """Return the step's conditions [2B or B, k, D], from all tokens [B, L, C]."""
-        # No reference to `self`: in a reference cycle, its memory would outlive its last use.
+        # Bind no `self`: the reference cycle would delay freeing memory until the next garbage collection.
         return self._execute_step(step.index, partial(_conditions, self.transformer, step, self._dtype), tokens)
 
     def denoise(self, step: Step, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
-        """Return the step's tokens [B, k, C], given draws [S + 1, B, k, C] of noise.
+        """Return the step's tokens [B, k, C], given the step's draws of noise [num_draws, B, k, C].
 
         If there are several chains, the first takes the tokens that `Schedule.rank` scores highest, and so on.
         """

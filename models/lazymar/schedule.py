@@ -19,9 +19,10 @@ CFG_SCHEDULES = ("linear", "constant")
 
 
 class Chain(NamedTuple):
-    """A denoising chain: its timesteps, descending, of the 1000 of training, and how many tokens per image take it.
+    """A denoising chain: its timesteps, and the number of tokens per image that it denoises.
 
-    With a `solver` the timesteps are those of its evaluations; without, every denoising step is ancestral.
+    The timesteps are descending, and of the 1000 of training. With a `solver` they are those of its evaluations;
+    without, every denoising step is ancestral.
     """
 
     timesteps: tuple[float, ...]
@@ -53,8 +54,8 @@ class Schedule:
         steps:  one or more.
         stages: for each position of the token grid, a number; tokens are predicted in ascending order of it, and in
                 random order where it is equal. None: in random order.
-        rank:   scores tokens [B, k] by their conditions [B, k, D]; of several chains, the first takes the tokens with
-                the highest scores. Needed only where a step has several chains.
+        rank:   scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes the
+                tokens with the highest scores.
         known:  positions of the tokens that are known from the start, ascending; the steps predict the others.
 
     Raises ValueError for a step without tokens, and for a CFG scale below 1.
@@ -93,7 +94,7 @@ def mar_schedule(
         num_iter:           autoregressive steps.
         tokens_per_step:    the number of tokens of each step, in place of `num_iter` and MAR's cosine.
         cfg:                the CFG scale (1: no guidance), or one for each step.
-        cfg_schedule:       "linear" grows from 1 to `cfg` with the number of known tokens; "constant" does not.
+        cfg_schedule:       "linear" grows towards `cfg` with the number of predicted tokens; "constant" does not.
         num_sampling_steps: denoising steps of each chain, or a few-step solver.
         known:              positions of the tokens that are known from the start.
 
@@ -146,9 +147,9 @@ def cfg_scales(counts: Sequence[int], cfg: float, cfg_schedule: str) -> list[flo
     if cfg_schedule == "constant":
         return [cfg] * len(counts)
     seq_len = sum(counts)
-    known = [sum(counts[: step + 1]) for step in range(len(counts))]
+    predicted = [sum(counts[: step + 1]) for step in range(len(counts))]
     # As in MAR's code, one token counts as masked at the last step.
-    return [1 + (cfg - 1) * min(count, seq_len - 1) / seq_len for count in known]
+    return [1 + (cfg - 1) * min(count, seq_len - 1) / seq_len for count in predicted]
 
 
 def check_cfg(cfg: float) -> None:

@@ -1,6 +1,6 @@
-"""Which rows are recomputed after the prune layer. A rule scores all rows; the rows with the lowest scores are chosen.
+"""Which rows a lazy step recomputes. A rule scores all rows; the rows with the lowest scores are chosen.
 
-A rule sees its `features` of all rows: those of this step, and those that it has remembered of the step before.
+A rule compares each row's `features` at this step with those that it stored at the step before.
 
 To add a rule, add a class with the same methods and an entry in `RULES`.
 """
@@ -33,7 +33,10 @@ class Similarity:
 
     @staticmethod
     def features(x: Tensor, keys_values: Tensor) -> Tensor:
-        """Return what is compared [B, R, D], of the prune layer's input [B, R, D], keys and values [B, R, 2D]."""
+        """Return the features [B, R, D] that the rule compares.
+
+        `x` [B, R, D] is the input of the prune layer, `keys_values` [B, R, 2D] are its keys and values.
+        """
         return keys_values.chunk(2, dim=-1)[1]
 
     def scores(self, step: int, features: Tensor) -> Tensor:
@@ -45,9 +48,9 @@ class Similarity:
         return F.cosine_similarity(now, before, dim=-1).mean(dim=-1)
 
     def remember(self, features: Tensor) -> None:
-        """Keep the features for the next step; a refresh step may bring more sequences than are kept."""
-        kept = features[: len(self.previous)]
-        self.previous[: len(kept)] = kept
+        """Store the features for the next step; a refresh step may bring more sequences than are stored."""
+        stored = features[: len(self.previous)]
+        self.previous[: len(stored)] = stored
 
 
 class KeySimilarity(Similarity):
@@ -66,7 +69,7 @@ class OutputSimilarity(Similarity):
         return x
 
 
-class Chance(Similarity):
+class RandomScores(Similarity):
     """Scores rows at random, for the ablation that asks whether similarity matters. See `Similarity` for arguments.
 
     An image's scores depend on its order of prediction alone, not on its batch or the device.
@@ -88,7 +91,7 @@ class Chance(Similarity):
         return self.rankings[step, : len(features)].clone()
 
     def remember(self, features: Tensor) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
 
-RULES = {"similarity": Similarity, "keys": KeySimilarity, "outputs": OutputSimilarity, "random": Chance}
+RULES = {"similarity": Similarity, "keys": KeySimilarity, "outputs": OutputSimilarity, "random": RandomScores}

@@ -64,8 +64,8 @@ class Transformer:
 
     def encode(self, step: Step, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the encoder's output [B, P + n, D] for the buffer and the step's n new tokens."""
-        new_tokens = tokens[:, step.new].repeat(step.num_branches, 1, 1)
-        x = self.model.encoder_input(self.class_embedding[: len(positions)], new_tokens, positions[:, step.new])
+        new_tokens = tokens[:, step.encoded].repeat(step.num_branches, 1, 1)
+        x = self.model.encoder_input(self.class_embedding[: len(positions)], new_tokens, positions[:, step.encoded])
         for number, block in enumerate(self.model.encoder_blocks):
             queries, keys_values = block.attn.project(block.norm1(x))
             if self.token_cache is not None:
@@ -75,38 +75,38 @@ class Transformer:
         return self.model.encoder_norm(x)
 
     def decode(self, step: Step, encoded: Tensor, positions: Tensor) -> Tensor:
-        """Return the last block's output for the tokens predicted now, and up to `step.horizon`."""
+        """Return the last block's output for the tokens predicted now, and up to `step.output_stop`."""
         model, cache, blocks = self.model, self.token_cache, self.model.decoder_blocks
-        x = model.decoder_input(encoded, positions[:, step.new])
+        x = model.decoder_input(encoded, positions[:, step.encoded])
         projections = blocks[0].attn.qkv(blocks[0].norm1(x))
-        write_slices(self.first_input, model.buffer_size, step.new, x)
-        write_slices(self.first_projections, model.buffer_size, step.new, projections)
+        write_slices(self.first_input, model.buffer_size, step.encoded, x)
+        write_slices(self.first_projections, model.buffer_size, step.encoded, projections)
         x = self.first_input[: len(positions)]
         queries, keys_values = blocks[0].attn.split(self.first_projections[: len(positions)])
 
-        needed = slice(model.buffer_size + step.start, model.buffer_size + step.horizon)  # of the rows that x holds
-        kept = None  # flat indices of the rows that x holds; None: all rows
+        needed = slice(model.buffer_size + step.start, model.buffer_size + step.output_stop)  # of the rows that x holds
+        chosen = None  # flat indices of the rows that x holds; None: all rows
         for number, block in enumerate(blocks):
             if number > 0:
                 queries, keys_values = block.attn.project(block.norm1(x))
             if cache is not None and number in cache.decoder:
-                if kept is None:
+                if chosen is None:
                     cache.decoder[number].write_all(keys_values)
                 else:
-                    keys_values = cache.decoder[number].write_kept(kept, keys_values)
+                    keys_values = cache.decoder[number].write_recomputed(chosen, keys_values)
             if number == len(blocks) - 1:
                 x, queries = x[:, needed], queries[:, needed]
             elif cache is not None and number == self.plan.policy.prune_layer:
                 features = cache.rule.features(x, keys_values)
-                if step.num_kept < self.plan.num_rows:
-                    kept = cache.flat(cache.choose_rows(step, features))
-                    x, queries = take_rows(x, kept), take_rows(queries, kept)
-                    needed = slice(step.start - step.previous, step.horizon - step.previous)
+                if step.num_recomputed < self.plan.num_rows:
+                    chosen = cache.flat_indices(cache.choose_rows(step, features))
+                    x, queries = take_rows(x, chosen), take_rows(queries, chosen)
+                    needed = slice(step.start - step.previous_start, step.output_stop - step.previous_start)
                 cache.rule.remember(features)
             x = block.finish(x, queries, keys_values)
         return x
 
 
-def take_rows(x: Tensor, kept: Tensor) -> Tensor:
-    """Return rows [B, n, D] of `x` [B, R, D] at flat indices `kept` [B * n]."""
-    return x.flatten(0, 1).index_select(0, kept).unflatten(0, (len(x), -1))
+def take_rows(x: Tensor, chosen: Tensor) -> Tensor:
+    """Return rows [B, n, D] of `x` [B, R, D] at flat indices `chosen` [B * n]."""
+    return x.flatten(0, 1).index_select(0, chosen).unflatten(0, (len(x), -1))

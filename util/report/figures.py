@@ -121,11 +121,11 @@ def rows_by_step(plans: Mapping[str, Plan], buffer_size: int) -> bytes:
     for (name, plan), row in zip(plans.items(), grid):
         encoder, decoder = np.full((2, plan.num_rows, len(plan)), np.nan)  # share computed; nan: no such row yet
         for step in plan:
-            newest, known, stop = (buffer_size + count for count in (step.previous, step.start, step.stop))
+            newest, known, stop = (buffer_size + count for count in (step.previous_start, step.start, step.stop))
             encoder[:known, step.index] = 1 if step.refresh else 0
             encoder[:buffer_size, step.index] = encoder[newest:known, step.index] = 1
             in_hand = stop - newest
-            decoder[:, step.index] = (step.num_kept - in_hand) / (plan.num_rows - in_hand)
+            decoder[:, step.index] = (step.num_recomputed - in_hand) / (plan.num_rows - in_hand)
             decoder[newest:stop, step.index] = 1
         for axes, part, shares in zip(row, ("encoder", "decoder"), (encoder, decoder)):
             axes.imshow(shares, cmap=SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
