@@ -35,9 +35,7 @@ def make_statistics(args: argparse.Namespace, images: ImageSet) -> None:
     """Write the statistics of images to a file."""
     least = max(2, args.keep_features)
     if len(images) < least:
-        raise InputError(
-            f"statistics take at least {least} images (--keep_features); {args.images} holds {len(images)}"
-        )
+        raise InputError(f"this takes at least {least} images (--keep_features); {args.images} holds {len(images)}")
     extractor = load_extractor(args.features, args.inception_weights, args.device, with_dinov2=args.fd_dinov2)
     statistics_of(images, extractor, args.batch_size, args.keep_features).save(args.output)
     kept = f", and the features of {args.keep_features} of them" if args.keep_features else ""
@@ -60,9 +58,8 @@ def evaluate(args: argparse.Namespace, own: ImageSet) -> None:
     if real:
         reference = statistics_of(real, extractor, args.batch_size, keep=len(real))
     outputs = extract(extractor, own, args.batch_size)
-    options: dict[str, Any] = {"extractor": args.features, "standard_errors": args.standard_errors, "progress": True}
-    scores = metrics.score(outputs, reference, names, **options)
-    print(f"images: {own}\nreference: {real or args.reference}\n{metrics.score_table(scores)}")
+    scores = metrics.score(outputs, reference, names, standard_errors=args.standard_errors, progress=True)
+    print(f"images: {own}\nreference: {real or args.reference}\n{metrics.score_table(scores, args.features)}")
     if args.json:
         scores["num_images"] = len(own)
         scores.update(folder=str(args.images), statistics=str(args.reference), features=args.features)
@@ -146,21 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     if written:
         check_writable(written)
     if args.command != "export":
-        if args.inception_weights and args.features != "inception":
-            raise InputError(f"--inception_weights has no use with --features {args.features}: leave one of them out")
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError):
             raise InputError(f"--device {args.device} is not there: use cpu, or cuda on a machine with a GPU") from None
     images = open_images(args.images)
     if images is None:
-        raise InputError(
-            f"{args.images} holds no images: name a folder, or an .npz file with arr_0 [N, H, W, 3], uint8"
-        )
-    try:
-        args.run(args, images)
-    except OSError as error:
-        raise InputError(f"cannot write {written}: {error}") from None
+        raise InputError(f"{args.images} holds no images: name a folder, or an .npz file of images (arr_0, uint8)")
+    args.run(args, images)
 
 
 if __name__ == "__main__":

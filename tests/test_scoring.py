@@ -21,6 +21,7 @@ import score as program
 from util.image_sets import open_images
 from util.metrics import Statistics
 
+FID = "frechet_inception_distance"
 __all__ = ["arrays", "folders", "images"]  # fixtures
 
 
@@ -48,7 +49,7 @@ def test_class_subfolders_are_read_whole(images, folders, tmp_path, capsys):
     assert "30 images of" in printed and "1 in all" in printed and "nested/classes.txt" in printed
     for real_images in (tmp_path / "nested", tmp_path / "real.npz"):
         found = evaluate(folders[0], real_images, *FASHION)
-        assert math.isclose(found["fid_fashion_classifier"], whole["fid_fashion_classifier"], rel_tol=1e-6)
+        assert math.isclose(found[FID], whole[FID], rel_tol=1e-6)
 
     write_images(tmp_path / "nested" / "extra" / "deep", generated[:1])
     assert "holds 30 images such as" in refusal(capsys, "export", tmp_path / "nested", "--output", tmp_path / "x.npz")
