@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.errors import InputError, why_unreadable
-from util.extractors import DINOV2_DIM, FEATURES_DIMS, import_torch_fidelity
+from util.extractors import DINOV2_DIM, import_torch_fidelity
 from util.files import atomic_write
 from util.jackknife import GROUPS, groups_of_images, jackknife, random_groups
 
@@ -85,9 +85,9 @@ class Statistics:
         if faults:
             raise InputError(
                 f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one of ADM's 10,000 reference "
-                "images (VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or of others with `python score.py "
-                "statistics FOLDER_OR_NPZ --output FILE`; precision, recall and KID need --keep_features 10000, and "
-                "FD-DINOv2 needs --fd_dinov2"
+                "images (VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or of others with "
+                "`python score.py statistics FOLDER_OR_NPZ --output FILE`; precision, recall and KID need "
+                "--keep_features 10000, and FD-DINOv2 needs --fd_dinov2"
             )
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)
