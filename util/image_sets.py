@@ -107,7 +107,7 @@ def _size_of(path: Path) -> tuple[int, int]:
             is_one_image = getattr(image, "n_frames", 1) == 1
             is_8_bit = image.mode in MODES and ";16" not in str(image.tile)  # Pillow converts 16 bits to 8
             has_alpha = "A" in image.mode or "transparency" in image.info
-            is_opaque = not has_alpha or image.convert("RGBA").getextrema()[3] == (255, 255)
+            is_opaque = not has_alpha or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
             if is_one_image and is_8_bit and is_opaque:
                 return image.size
             reason = f"its mode is {image.mode}, and it may have 16 bits, transparent pixels or several frames"

@@ -19,7 +19,7 @@ from torch import nn
 
 from models import MAR, PRESETS, AutoencoderKL, cast_model, create_model, pack_linear_layers
 from models.vae import for_inference
-from util.download import download_command, looks_like_web_page
+from util.download import download_command, is_placeholder
 from util.errors import InputError, why_unreadable
 from util.files import atomic_write
 from util.machine import choose_device, choose_dtype
@@ -183,7 +183,7 @@ def find_weights(path: str | os.PathLike, what: str) -> Path:
         raise InputError(f"{file} is empty; delete it and {fetch or 'get it again'}")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{file} is a Git LFS pointer, not the weights themselves; run `git lfs pull`")
-    if looks_like_web_page(head):
+    if is_placeholder(head):
         way_out = fetch or "get the file itself (a Dropbox link must end in dl=1)"
         raise InputError(f"{file} is a web page saved under this name; delete it and {way_out}")
     return file
