@@ -88,7 +88,6 @@ def download(remote: RemoteFile, path: Path) -> bool:
     if path.exists():
         return False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if remote.repository:
             hf_hub_download(remote.repository, remote.name, local_dir=path.parents[remote.name.count("/")])
         else:
@@ -103,6 +102,7 @@ def download(remote: RemoteFile, path: Path) -> bool:
 
 def _fetch(remote: RemoteFile, path: Path) -> None:
     """Bring `remote` to `path` by way of `path` + ".part", which a later attempt or call continues."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for wait in (*RETRY_WAITS, None):
         try:
