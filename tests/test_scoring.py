@@ -184,7 +184,7 @@ def bad(images, tmp_path_factory) -> Path:
         ("", "one", "", "takes at least 2 images; {bad}/one holds 1"),
         ("", "few.npz", "--precision_recall", "few.npz holds features of 3: add images"),
         ("", "plain.npz", "--precision_recall", "it lacks features)"),
-        ("", "plain.npz", "--kid", "statistics FOLDER_OR_NPZ --output FILE"),
+        ("", "plain.npz", "--kid", "FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2"),
         ("", "plain.npz", "--fd_dinov2", "it lacks dinov2_mu; it lacks dinov2_sigma"),
         ("", "inception.npz", "", "mu is [2048], not finite numbers of 128 features"),
         ("", "nan.npz", "", "mu is [128], not finite numbers of 128 features"),

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from util.errors import InputError, why_unreadable
 from util.extractors import DINOV2_DIM, import_torch_fidelity
 from util.files import atomic_write
-from util.jackknife import GROUPS, groups_of_images, jackknife, random_groups
+from util.jackknife import GROUPS, groups_of_images, jackknife
 
 INCEPTION_SPLITS = 10  # parts of the images whose Inception Scores are averaged
 NEIGHBORS = 3  # the ball around an image reaches to its third nearest neighbor
 BLOCK_SIZE = 1000  # images whose distances to all others are in memory, for precision and recall
-SUBSET_SIZE = 1000  # images in each of the subsets that KID is averaged over
+SUBSET_SIZE = 1000  # images in each of the subsets that KID is averaged over, if there are so many
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,9 @@ class Statistics:
             faults = [why_unreadable(error)]
         if faults:
             raise InputError(
-                f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one of ADM's 10,000 reference "
-                "images (VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or of others with "
-                "`python score.py statistics FOLDER_OR_NPZ --output FILE`; precision, recall and KID need "
-                "--keep_features 10000, and FD-DINOv2 needs --fd_dinov2"
+                f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one with `python score.py "
+                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`, of ADM's reference images "
+                "(VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or others"
             )
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)
@@ -118,47 +117,38 @@ class Number(NamedTuple):
 class Metric:
     """A score of a set of images against a reference.
 
-    `measure` maps the statistics of the images and of the reference to values by their keys, and may add notes.
+    `measure` maps the statistics of the images and of the reference to values by their keys.
     """
 
     numbers: tuple[Number, ...]
-    measure: Callable[[Statistics, Statistics, list[str]], Mapping[str, float]]
+    measure: Callable[[Statistics, Statistics], Mapping[str, float]]
     least: int = 2  # images that it takes, on both sides
     help: str = ""  # of the flag that asks for it, which is the metric's name; without help it is always computed
     needs: tuple[str, ...] = ()  # fields of `Statistics` besides mu and sigma, of the reference
 
 
-def _frechet_distance(own: Statistics, reference: Statistics, notes: list[str], prefix: str = "") -> dict[str, float]:
+def _frechet_distance(own: Statistics, reference: Statistics, prefix: str = "") -> dict[str, float]:
     moments = [{name: getattr(side, prefix + name) for name in ("mu", "sigma")} for side in (own, reference)]
-    dim = len(moments[0]["mu"])
-    assert own.logits is not None  # of all images
-    if len(own.logits) <= dim:
-        notes.append(
-            f"{len(own.logits)} images do not determine the covariance of {dim} features: the Frechet distance is far "
-            "too high, and compares only with that of as many images"
-        )
     return import_torch_fidelity().metric_fid.fid_statistics_to_metric(*moments, verbose=False)
 
 
-def _fd_dinov2(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
-    return {"fd_dinov2": _frechet_distance(own, reference, notes, "dinov2_")["frechet_inception_distance"]}
+def _fd_dinov2(own: Statistics, reference: Statistics) -> dict[str, float]:
+    return {"fd_dinov2": _frechet_distance(own, reference, "dinov2_")["frechet_inception_distance"]}
 
 
-def _inception_score(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
+def _inception_score(own: Statistics, reference: Statistics) -> dict[str, float]:
     return import_torch_fidelity().metric_isc.isc_features_to_metric(own.logits, splits=INCEPTION_SPLITS)
 
 
-def _precision_recall(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
+def _precision_recall(own: Statistics, reference: Statistics) -> dict[str, float]:
     features = map(torch.from_numpy, (own.features, reference.features))  # generated images first
     options = {"prc_neighborhood": NEIGHBORS, "prc_batch_size": BLOCK_SIZE, "save_cpu_ram": True, "verbose": False}
     return import_torch_fidelity().metric_prc.prc_features_to_metric(*features, **options)
 
 
-def _kid(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
+def _kid(own: Statistics, reference: Statistics) -> dict[str, float]:
     features = [torch.from_numpy(side.features) for side in (own, reference)]
     size = min(SUBSET_SIZE, *map(len, features))
-    if size < SUBSET_SIZE:
-        notes.append(f"KID is of subsets of {size} images, where {SUBSET_SIZE} are usual")
     return import_torch_fidelity().metric_kid.kid_features_to_metric(*features, kid_subset_size=size, verbose=False)
 
 
@@ -225,19 +215,24 @@ def score(
     check_enough(metrics, num_images, "there are", standard_errors=standard_errors)
     own = Statistics.from_features(**outputs, keep=num_images) if num_images > 1 else None
     scores: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = []
+    if num_images <= len(reference.mu):
+        notes.append(
+            f"{num_images} images do not determine the covariance of {len(reference.mu)} features: FID is far too "
+            "high, and compares only with that of as many images"
+        )
     wanted = [metric for name, metric in METRICS.items() if name in metrics or not metric.help]
     for metric in tqdm(wanted, desc="scores", leave=False, disable=not progress):
         values: Mapping[str, float] = {}
         if own is None or num_images < metric.least:
             notes.append(f"{metric.numbers[0].label} takes at least {metric.least} images")
         else:
-            values = metric.measure(own, reference, notes)
+            values = metric.measure(own, reference)
         for number in metric.numbers:
             scores.update({key: values.get(key) for key in (number.key, number.std_key) if key})
     if standard_errors:
         keys = [number.key for number, value in read_scores(scores).items() if value is not None]
-        groups = random_groups(num_images) if labels is None else groups_of_images(labels)
+        groups = groups_of_images(np.random.RandomState(0).permutation(num_images) if labels is None else labels)
 
         def measure(chosen: np.ndarray) -> list[float]:
             part = {name: values[torch.from_numpy(chosen)] for name, values in outputs.items()}

@@ -26,7 +26,6 @@ from util.machine import choose_device, choose_dtype
 
 EMA_ENTRIES = ("model_ema", "ema")  # of a training checkpoint, the preferred one first
 WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)*")  # of DistributedDataParallel and torch.compile
-EMA_WORD = re.compile(r"(?<![a-z])ema(?![a-z])")  # in an entry's or a file's name, or in a file's metadata
 
 
 class Ignored:
@@ -118,7 +117,7 @@ def load_weights(
         ignore_prefixes: entries that may be in the file and are not read, such as ["loss."].
         device:          default: where `module` is, or the CPU if that is the meta device.
 
-    Returns whether the entry, or the file's name or metadata, say that these are EMA weights.
+    Returns whether the entry's name or the file's metadata say that these are EMA weights.
 
     Raises InputError if the file is missing, unreadable or damaged, could run code, has other names or shapes, or holds
     numbers that are not finite.
@@ -136,8 +135,7 @@ def load_weights(
     elif device is not None:
         module.to(device)
     module.load_state_dict(tensors, assign=is_meta)
-    words = entry or f"{path.name} {metadata}"
-    return EMA_WORD.search(words.lower()) is not None
+    return entry in EMA_ENTRIES or metadata.get("weights") == "EMA"
 
 
 def save_safetensors(
@@ -263,12 +261,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def _identify(tensors: Mapping[str, Any]) -> str | None:
     """Name the preset that weights are for, by widths and by the shape of the mask token; None if none is."""
-    names = ("class_emb.weight", "z_proj.weight", "mask_token")
-    shapes = [tuple(getattr(tensors.get(name), "shape", ())) for name in names]
-    width, token_dim, one_fake_token = shapes[0][-1:], shapes[1][-1:], len(shapes[2]) == 2
-    for name, preset in PRESETS.items():
-        fields = {"vae_embed_dim": 16, "one_fake_token": False, **preset.architecture}
-        wanted = (fields["encoder_embed_dim"],), (fields["vae_embed_dim"],), fields["one_fake_token"]
-        if wanted == (width, token_dim, one_fake_token):
+    small = {"encoder_depth": 1, "decoder_depth": 1, "diffloss_d": 1}
+    for name in PRESETS:
+        with torch.device("meta"):
+            wanted = create_model(name, **small).state_dict()
+        if all(_kind(tensors.get(part)) == _kind(wanted[part]) for part in ("z_proj.weight", "mask_token")):
             return name
     return None
