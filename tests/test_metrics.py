@@ -144,6 +144,8 @@ def test_too_few_images_give_none_and_a_reason():
     assert nine["frechet_inception_distance"] > 0 and "Inception Score takes at least 10" in nine["notes"][0]
     assert abs(many["frechet_inception_distance"]) < 1e-6 and many["inception_score_mean"] > 1 and not many["notes"]
     assert "Inception Score  -" in score_table(nine, "inception")
+    few = score_features(features, features[:3], "precision_recall")
+    assert few["recall"] is None and few["notes"] == ["precision takes at least 4 images"]
     assert "covariance of 4 features" in score_features(features[:3], features)["notes"][0]
     with pytest.raises(InputError, match="features of 1 images are not finite, first of number 7"):
         score_features(features.index_fill(0, torch.tensor(7), torch.inf), features)
@@ -196,7 +198,7 @@ def test_each_group_has_as_many_images_of_each_class():
 # torch-fidelity and the weights
 
 
-@pytest.mark.parametrize("version", ["0.3.0", "0.4.0-beta", "0.4.0b0", "0.4.0rc1", "0.4.0.dev3"])
+@pytest.mark.parametrize("version", ["0.3.0", "0.4.0-beta", "0.4.0.dev3"])
 def test_old_versions_of_torch_fidelity_are_refused(version, folders, monkeypatch, capsys):
     monkeypatch.setattr(torch_fidelity, "__version__", version)
     assert run_score("evaluate", folders[0], "--reference", folders[1]) == 2

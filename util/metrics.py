@@ -90,8 +90,6 @@ class Statistics:
             )
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)
-            of_features = [name for name in metrics if "features" in METRICS[name].needs]
-            check_enough(of_features, len(arrays["features"]), f"{path} holds features of")
         return cls(**arrays)
 
     def save(self, path: Path) -> None:
@@ -99,9 +97,6 @@ class Statistics:
         arrays = {name: value for name, value in vars(self).items() if value is not None and name != "logits"}
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-
-
-# The table
 
 
 class Number(NamedTuple):
@@ -185,9 +180,6 @@ METRICS = {
 }
 
 
-# Scores
-
-
 def score(
     outputs: Mapping[str, Tensor],
     reference: Statistics,
@@ -209,10 +201,9 @@ def score(
     Returns the scores as `metrics.json` holds them: by name, None if there are too few images, with "notes" and, if
     wanted, "standard_errors".
 
-    Raises InputError if an output is not finite, or if there are too few images for one of the `metrics`.
+    Raises InputError if an output is not finite.
     """
     num_images = len(outputs["features"])
-    check_enough(metrics, num_images, "there are", standard_errors=standard_errors)
     own = Statistics.from_features(**outputs, keep=num_images) if num_images > 1 else None
     scores: dict[str, Any] = {}
     notes = []
@@ -224,7 +215,9 @@ def score(
     wanted = [metric for name, metric in METRICS.items() if name in metrics or not metric.help]
     for metric in tqdm(wanted, desc="scores", leave=False, disable=not progress):
         values: Mapping[str, float] = {}
-        if own is None or num_images < metric.least:
+        sample = reference.features if "features" in metric.needs else None
+        count = num_images if sample is None else min(num_images, len(sample))
+        if own is None or count < metric.least:
             notes.append(f"{metric.numbers[0].label} takes at least {metric.least} images")
         else:
             values = metric.measure(own, reference)
@@ -263,9 +256,6 @@ def score_table(scores: Mapping[str, Any], extractor: str) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in scores["notes"])])
 
 
-# Command lines
-
-
 def add_metric_flags(parser: argparse.ArgumentParser, *, standard_errors: bool = True) -> None:
     """Add a flag for each metric that is not always computed and, if wanted, --standard_errors."""
     for name, metric in METRICS.items():
@@ -286,14 +276,3 @@ def metrics_from_flags(args: argparse.Namespace) -> tuple[str, ...]:
 def need_dinov2(metrics: Iterable[str]) -> bool:
     """Return whether one of the metrics is of DINOv2's features."""
     return any("dinov2_mu" in METRICS[name].needs for name in metrics)
-
-
-def check_enough(
-    metrics: Iterable[str], num_images: int, whose: str, way_out: str = "add images", *, standard_errors: bool = False
-) -> None:
-    """Raise InputError if there are too few images for a metric; `whose` begins the sentence about their number."""
-    least = {name: METRICS[name].least for name in metrics}
-    least |= {"standard_errors": GROUPS} if standard_errors else {}
-    for name, count in least.items():
-        if num_images < count:
-            raise InputError(f"--{name} takes at least {count} images; {whose} {num_images}: {way_out}")
