@@ -33,11 +33,6 @@ from util.metrics import Statistics
 
 def make_statistics(args: argparse.Namespace, images: ImageSet) -> None:
     """Write the statistics of images to a file."""
-    least = max(2, args.keep_features)
-    if len(images) < least:
-        raise InputError(
-            f"statistics take at least {least} images (--keep_features); {args.images} holds {len(images)}"
-        )
     extractor = load_extractor(args.features, args.inception_weights, args.device, with_dinov2=args.fd_dinov2)
     statistics_of(images, extractor, args.batch_size, args.keep_features).save(args.output)
     kept = f", and the features of {args.keep_features} of them" if args.keep_features else ""
@@ -48,26 +43,20 @@ def evaluate(args: argparse.Namespace, own: ImageSet) -> None:
     """Score images against a reference: a statistics file, or images too."""
     names, real = metrics.metrics_from_flags(args), open_images(args.reference)
     reference: Any = None if real else Statistics.load(args.reference, FEATURES_DIMS[args.features], names)
-    metrics.check_enough(names, len(own), f"{args.images} holds", standard_errors=args.standard_errors)
-    if real:
-        metrics.check_enough(("fid", *names), len(real), f"{args.reference} holds")
-        if own.size != real.size:
-            sizes = "{} x {} and {} x {}".format(*own.size, *real.size)
-            raise InputError(f"{args.images} and {args.reference} hold images of {sizes} pixels: make them one size")
-
+    if real and own.size != real.size:
+        raise InputError(f"the images' sizes, {own.size} and {real.size}, differ: make them one size")
     with_dinov2 = metrics.need_dinov2(names)
     extractor = load_extractor(args.features, args.inception_weights, args.device, with_dinov2=with_dinov2)
     if real:
         reference = statistics_of(real, extractor, args.batch_size, keep=len(real))
     outputs = extract(extractor, own, args.batch_size)
-    options: dict[str, Any] = {"extractor": args.features, "standard_errors": args.standard_errors, "progress": True}
-    scores = metrics.score(outputs, reference, names, **options)
-    print(f"images: {own}\nreference: {real or args.reference}\n{metrics.score_table(scores)}")
-    if args.json:
-        scores["num_images"] = len(own)
-        scores.update(folder=str(args.images), statistics=str(args.reference), features=args.features)
+    scores = metrics.score(outputs, reference, names, standard_errors=args.standard_errors, progress=True)
+    print(f"images: {own}\nreference: {real or args.reference}\n{metrics.score_table(scores, args.features)}")
+    if args.output:
+        scores.update(num_images=len(own), features=args.features)
+        scores.update(folder=str(args.images), statistics=str(args.reference))
         scores["versions"] = {"torch": str(torch.__version__), "torch_fidelity": import_torch_fidelity().__version__}
-        with atomic_write(args.json) as partial:
+        with atomic_write(args.output) as partial:
             partial.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
@@ -92,7 +81,15 @@ def extract(extractor: Extractor, images: ImageSet, batch_size: int) -> dict[str
 
 
 def statistics_of(images: ImageSet, extractor: Extractor, batch_size: int, keep: int) -> Statistics:
-    """Compute the statistics of images, and keep the features of `keep` of them."""
+    """Compute the statistics of images, and keep the features of `keep` of them.
+
+    Raises InputError if there are too few images.
+    """
+    least = max(2, keep)
+    if len(images) < least:
+        raise InputError(
+            f"statistics take at least {least} images (--keep_features); {images.path} holds {len(images)}"
+        )
     statistics = Statistics.from_features(**extract(extractor, images, batch_size), keep=keep)
     if images.has_statistics:  # of all the images that these were drawn from
         print(f"note: {images.path} holds mu and sigma, which are taken as they are; the rest is of its images")
@@ -128,7 +125,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if name == "evaluate":
             add("--reference", "--statistics", type=Path, required=True, metavar="PATH",
                 help="what to compare with: a statistics file, or images as for the first argument")
-            add("--json", type=Path, metavar="FILE", help="write the scores to this file too")
+            add("--json", type=Path, dest="output", metavar="FILE", help="write the scores to this file too")
             metrics.add_metric_flags(command)
             continue
         add("--keep_features", type=number(int, 0), default=0, metavar="N",
@@ -142,25 +139,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     import_torch_fidelity()  # refuses versions that are too old
-    written = args.json if args.command == "evaluate" else args.output
-    if written:
-        check_writable(written)
+    if args.output:
+        check_writable(args.output)
     if args.command != "export":
-        if args.inception_weights and args.features != "inception":
-            raise InputError(f"--inception_weights has no use with --features {args.features}: leave one of them out")
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError):
             raise InputError(f"--device {args.device} is not there: use cpu, or cuda on a machine with a GPU") from None
     images = open_images(args.images)
     if images is None:
-        raise InputError(
-            f"{args.images} holds no images: name a folder, or an .npz file with arr_0 [N, H, W, 3], uint8"
-        )
-    try:
-        args.run(args, images)
-    except OSError as error:
-        raise InputError(f"cannot write {written}: {error}") from None
+        raise InputError(f"{args.images} holds no images: name a folder, or an .npz file of images (arr_0, uint8)")
+    args.run(args, images)
 
 
 if __name__ == "__main__":

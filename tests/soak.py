@@ -33,7 +33,7 @@ def finish(arguments: list[str], folder: Path) -> tuple[dict[str, bytes], float]
     if job.wait() != [0]:
         sys.exit(job.log.read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
-    return contents(folder, "images/*.png"), metrics["fid_fashion_classifier"]
+    return contents(folder, "images/*.png"), metrics["frechet_inception_distance"]
 
 
 def disturb(job: Ranks, chance: random.Random) -> str:

@@ -132,8 +132,6 @@ def test_classes_take_turns_and_images_are_counted():
         ("--seed 0,-1", "--seed: must be at least 0, not -1"),
         ("--class_labels cat", "--class_labels: invalid int,... value: 'cat'"),
         ("--class_labels 3,1000", "--class_labels must be classes of mar_huge, from 0 to 999"),
-        ("--precision_recall --num_images 3", "--precision_recall"),
-        ("--standard_errors --num_images 9", "--standard_errors"),
         ("--kid --no-score", "--kid has no use with --no-score"),
         ("--model mar_tiny --inception_weights x", "--inception_weights is not for mar_tiny"),
         ("--num_iter 257", "--num_iter must be 1 to the number of tokens, 256, not 257"),

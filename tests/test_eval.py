@@ -159,13 +159,15 @@ def test_metrics_tell_what_was_measured(whole):
 def test_several_seeds_and_cfg_scales_make_a_run_each_with_means_and_a_table(tmp_path, command, capsys, monkeypatch):
     folder, few = tmp_path / "runs", ["--num_images", 4]
     assert run(command(folder, *few, "--cfg", "5,1.5", "--seed", "0,3")) == 0
-    fids = [read_metrics(folder / f"cfg-5-seed-{seed}")["fid_fashion_classifier"] for seed in (0, 3)]
+    fids = [read_metrics(folder / f"cfg-5-seed-{seed}")["frechet_inception_distance"] for seed in (0, 3)]
     summary, other = json.loads((folder / "cfgs.json").read_text())["cfgs"]
     assert (summary["cfg"], summary["seeds"], summary["num_images"], other["cfg"]) == (5, [0, 3], 4, 1.5)
-    assert summary["mean"]["fid_fashion_classifier"] == pytest.approx(np.mean(fids))
-    assert summary["spread"]["fid_fashion_classifier"] == pytest.approx(np.std(fids, ddof=1)) != 0
+    assert summary["mean"]["frechet_inception_distance"] == pytest.approx(np.mean(fids))
+    assert summary["spread"]["frechet_inception_distance"] == pytest.approx(np.std(fids, ddof=1)) != 0
     table = capsys.readouterr().out.rpartition("seeds 0, 3, 4 images each")[2].splitlines()
-    assert table[1].split() == ["cfg", "5", "1.5"] and any(line.startswith("fid_fashion_classifier ") for line in table)
+    assert table[1].split() == ["cfg", "5", "1.5"] and any(
+        line.startswith("frechet_inception_distance ") for line in table
+    )
 
     assert run(command(tmp_path / "seed-3", *few, "--seed", 3)) == 0
     assert images(folder / "cfg-5-seed-3") == images(tmp_path / "seed-3") != images(folder / "cfg-5-seed-0")
@@ -239,7 +241,7 @@ def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole
     assert read_metrics(tmp_path / "run")["timed_images"] == NUM_IMAGES - BATCH_SIZE
     monkeypatch.setattr(program, "map_images", None)  # nor is any image scored again
     assert run(command(tmp_path / "run", "--standard_errors")) == 0
-    assert read_metrics(tmp_path / "run")["standard_errors"]["fid_fashion_classifier"] > 0
+    assert read_metrics(tmp_path / "run")["standard_errors"]["frechet_inception_distance"] > 0
 
 
 def test_without_images_only_those_of_the_grid_are_written(tmp_path, command, monkeypatch, whole):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import builtins
 import os
 import pickle
 import random
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 
 from models import PRESETS, CachePolicy, create_model, sample_tokens
-from util.download import FILES, OUTPUT_DIR
 from util.errors import InputError
 from util.images import decode, to_pixels
 from util.weights import load_model, load_weights, save_safetensors
@@ -85,7 +83,7 @@ def test_what_training_keeps_beside_the_weights_is_passed_over(tmp_path, zip_for
     more = {"best_fid": np.float64(2.3), "epoch": np.int64(3), "done": np.bool_(True), "rng": np.random.get_state()}
     torch.save(training_checkpoint(args=arguments, **more), path, _use_new_zipfile_serialization=zip_format)
     network = Network()
-    assert load_weights(network, path, what="mar_base") == (path, "model_ema", True)
+    assert load_weights(network, path, what="mar_base")
     assert_holds(network, random_weights(2))
 
 
@@ -102,12 +100,13 @@ def test_the_entry_that_is_taken_is_ema_or_the_only_one_and_is_printed(tmp_path,
     contents = {name: random_weights(x) if isinstance(x, int) else x for name, x in entries.items()}
     torch.save(contents, tmp_path / "weights.pth")
     network = Network()
-    assert load_weights(network, tmp_path / "weights.pth", what="mar_tiny").entry == taken
+    is_ema = load_weights(network, tmp_path / "weights.pth", what="mar_tiny")
+    assert is_ema == (taken in ("ema", "model_ema"))
     assert_holds(network, contents[taken])
     assert f"weights for mar_tiny: {taken} of {tmp_path}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
 def test_the_prefix_of_a_wrapper_is_removed_and_that_is_said(tmp_path, prefix, capsys):
     path, network = tmp_path / "weights.pth", Network()
     weights = {prefix + name: value for name, value in random_weights().items()}
@@ -120,40 +119,19 @@ def test_the_prefix_of_a_wrapper_is_removed_and_that_is_said(tmp_path, prefix, c
     assert "does not fit" in refusal(path)
 
 
-@pytest.mark.parametrize("name", ["checkpoint-last.pth", "checkpoint-last.safetensors"])
-def test_a_meta_module_gets_the_weights_in_a_folder_and_keeps_them_when_the_file_changes(tmp_path, name):
+@pytest.mark.parametrize(("name", "is_ema"), [("checkpoint-last.pth", False), ("checkpoint-last.safetensors", True)])
+def test_a_meta_module_gets_the_weights_in_a_folder_and_keeps_them_when_the_file_changes(tmp_path, name, is_ema):
     path = tmp_path / name
-    if name.endswith(".pth"):
-        torch.save(random_weights(3), path)
+    if is_ema:
+        save_safetensors(random_weights(3), path, {"weights": "EMA"})
     else:
-        save_safetensors(random_weights(3), path, {"step": "12"})
+        torch.save(random_weights(3), path)
     with torch.device("meta"):
-        network = Network().requires_grad_(False)
-    network.norm.requires_grad_(True)
-    assert load_weights(network, tmp_path, what="mar_tiny", device="cpu") == (path, None, False)
+        network = Network()
+    assert load_weights(network, tmp_path, what="mar_tiny", device="cpu") == is_ema
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert_holds(network, random_weights(3))
-    assert {name for name, value in network.named_parameters() if value.requires_grad} == {"norm.weight", "norm.bias"}
-
-
-@pytest.mark.parametrize(
-    ("name", "contents", "metadata", "is_ema"),
-    [
-        ("mar-base.safetensors", random_weights(), {}, False),
-        ("mar-base.safetensors", random_weights(), {"weights": "EMA"}, True),
-        ("mar_base_ema.safetensors", random_weights(), {}, True),
-        ("schema.safetensors", random_weights(), {"schema": "semantic"}, False),
-        ("model-ema.pth", random_weights(), None, True),
-        ("no-ema.pth", {"model": random_weights()}, None, False),
-    ],
-)
-def test_ema_weights_are_told_from_others_by_their_entry_name_or_metadata(tmp_path, name, contents, metadata, is_ema):
-    if metadata is None:
-        torch.save(contents, tmp_path / name)
-    else:
-        save_safetensors(contents, tmp_path / name, metadata)
-    assert load_weights(Network(), tmp_path / name, what="mar_base").is_ema == is_ema
 
 
 MEASURE_MEMORY = """
@@ -202,9 +180,7 @@ def test_a_loaded_model_and_its_vae_make_pixels_of_labels(tmp_path, monkeypatch,
     assert model.mask_token.dtype == vae.post_quant_conv.weight.dtype == torch.bfloat16
     assert model.diffloss.net.input_proj.weight.dtype == torch.float32
     assert not capsys.readouterr().out
-    with pytest.raises(ValueError, match="unknown model 'mar_giant'"):
-        load_model("mar_giant")
-    with pytest.raises(InputError, match="is a mar_tiny checkpoint, not mar_base"):
+    with pytest.raises(InputError, match="holds weights of mar_tiny, not of mar_base"):
         load_model("mar_base", weights=TINY.checkpoint)
 
 
@@ -238,89 +214,69 @@ class Payload:
 
 
 @BOTH_FORMATS
-@pytest.mark.parametrize("function", [os.system, builtins.exec])
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zip_format, function):
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zip_format):
     marker, path = tmp_path / "ran", tmp_path / "evil.pth"
-    code = {os.system: f"touch {marker}", builtins.exec: f"open({str(marker)!r}, 'w')"}
-    payload = Payload(function, code[function])
+    payload = Payload(os.system, f"touch {marker}")
     for contents in (payload, training_checkpoint(args=payload), training_checkpoint(model_ema=payload)):
         torch.save(contents, path, _use_new_zipfile_serialization=zip_format)
         message = refusal(path)
-        assert f"{path} refers to" in message and f"{function.__name__}, which could run code" in message
+        assert f"{path} refers to" in message and "system, which could run code" in message
         assert not marker.exists()
 
 
 def test_ignored_prefixes_may_hold_anything_and_nothing_else_may(tmp_path):
     path = tmp_path / "kl16.ckpt"
     torch.save({"model": {**random_weights(), "loss.logvar": torch.zeros(()), "loss.discriminator": "none"}}, path)
-    assert "unknown loss.logvar, loss.discriminator" in refusal(path)
+    assert "floats [] instead of nothing in loss.logvar" in refusal(path)
     network = Network()
     load_weights(network, path, what="VAE", ignore_prefixes=("loss.",))
     assert_holds(network, random_weights())
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, "no usable numbers in mask_token"),
-        (np.zeros((1, 1, 6)), "no usable numbers in mask_token"),
-        (torch.zeros(1, 1, 6, dtype=torch.int64), "no usable numbers in mask_token"),
-        (torch.zeros(1, 1, 6).to(torch.float8_e4m3fn), "no usable numbers in mask_token"),
-        (torch.zeros(1, 1, 6).to_sparse(), "no usable numbers in mask_token"),
-        (torch.full((1, 1, 6), float("nan")), "not finite, in mask_token"),
-        (torch.full((1, 1, 6), float("inf")), "not finite, in mask_token"),
-        (torch.zeros(1, 1, 8), "has mask_token [1, 1, 8] for [1, 1, 6]"),
-    ],
-)
-def test_entries_that_do_not_fit_are_named(tmp_path, value, expected):
-    torch.save({"model": {**random_weights(), "mask_token": value}}, tmp_path / "weights.pth")
-    assert expected in refusal(tmp_path / "weights.pth")
+def with_mask_token(value: object) -> dict:
+    return {"model": {**random_weights(), "mask_token": value}}
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants", "ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     ("contents", "expected"),
     [
+        (with_mask_token(None), "nothing instead of floats [1, 1, 6] in mask_token"),
+        (with_mask_token(np.zeros((1, 1, 6))), "no dense tensor instead of floats"),
+        (with_mask_token(torch.zeros(1, 1, 6, dtype=torch.int64)), "int64 [1, 1, 6] instead of floats"),
+        (with_mask_token(torch.zeros(1, 1, 6).to(torch.float8_e4m3fn)), "float8_e4m3fn [1, 1, 6] instead of floats"),
+        (with_mask_token(torch.zeros(1, 1, 6).to_sparse()), "no dense tensor instead of floats"),
+        (with_mask_token(torch.full((1, 1, 6), float("nan"))), "not finite, in mask_token"),
+        (with_mask_token(torch.full((1, 1, 6), float("inf"))), "not finite, in mask_token"),
+        (with_mask_token(torch.zeros(1, 1, 8)), "floats [1, 1, 8] instead of floats [1, 1, 6] in mask_token"),
         ([1, 2], "holds a list"),
-        ({"epoch": 3}, "it holds epoch"),
         ({}, "it holds nothing"),
-        ({"model": {}}, "it holds model"),
-        ({3: torch.zeros(1)}, "it holds 3"),
-        ({"class_emb.weight": torch.zeros(10, 6)}, "it lacks mask_token, blocks.0.weight and"),
+        ({"model": {}, 3: torch.zeros(1)}, "it holds model, 3"),
+        ({"class_emb.weight": torch.zeros(10, 6)}, "in mask_token, nothing instead of"),
         ({"model": random_weights(), "ema_0.9999": random_weights()}, "several sets of weights (model, ema_0.9999)"),
         (training_checkpoint(args=argparse.Namespace(output=ROOT)), "torch.save({'model_ema': state_dict}, FILE)"),
-    ],
-)
-def test_files_without_the_weights_say_what_they_hold_instead(tmp_path, contents, expected):
-    torch.save(contents, tmp_path / "weights.pth")
-    assert expected in refusal(tmp_path / "weights.pth")
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(
-    ("contents", "expected"),
-    [
-        (b"", "is empty"),
+        (b"", "is empty, a web page or"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"\n <!DOCTYPE html><html><head><title>Dropbox</title>", "dl=1"),
         (b"weights to follow\n", "no checkpoint at all"),
-        (bytes(1000), "no checkpoint at all"),
-        (b"PK\x03\x04" + bytes(1000), "no checkpoint at all"),
         (pickle.dumps(Payload(os.abort, "")), "no checkpoint at all"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, contents, expected):
-    (tmp_path / "weights.pth").write_bytes(contents)
-    assert expected in refusal(tmp_path / "weights.pth")
+def test_a_file_that_does_not_fit_says_what_it_holds_instead(tmp_path, contents, expected):
+    path = tmp_path / "weights.pth"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    else:
+        torch.save(contents, path)
+    assert expected in refusal(path)
 
 
 def test_a_missing_file_is_told_with_the_way_to_get_it(tmp_path, monkeypatch):
-    assert "does not exist" in refusal(tmp_path / "weights.pth")
-    assert "holds no checkpoint-last" in refusal(tmp_path)
-    path = tmp_path / FILES["mar_huge"].path
-    assert f"python -m util.download mar_huge --output_dir {tmp_path}`" in refusal(path)
+    assert "weights.pth does not exist" in refusal(tmp_path / "weights.pth")
+    assert "checkpoint-last.pth does not exist" in refusal(tmp_path)
+    monkeypatch.setattr("util.download.OUTPUT_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert "python -m util.download vae`" in refusal(OUTPUT_DIR / FILES["vae"].path)
+    assert "python -m util.download mar_huge`" in refusal(Path("mar/mar_huge/checkpoint-last.pth"))
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])

@@ -6,7 +6,6 @@ A download that was cut off continues where it stopped, and a file appears under
 from __future__ import annotations
 
 import http.client
-import os
 import shutil
 import sys
 import time
@@ -21,10 +20,10 @@ from util.cli import Parser
 from util.errors import InputError, exits_cleanly, why_unreadable
 from util.files import file_digest
 
-OUTPUT_DIR = Path("pretrained_models")  # where the presets look
-CHUNK = 1 << 18  # bytes read at a time
+OUTPUT_DIR = Path(__file__).resolve().parents[1] / "pretrained_models"  # where the presets look
 TIMEOUT = 30.0  # seconds without a byte before a connection counts as dropped
-RETRY_WAITS = (1.0, 2.0, 4.0)  # seconds before each new attempt; they start over when an attempt brought bytes
+RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new attempt
+PLACEHOLDERS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"version https://git-lfs")
 
 
 @dataclass(frozen=True)
@@ -68,108 +67,80 @@ FILES = {
 }
 
 
-def looks_like_web_page(head: bytes) -> bool:
-    """Return True if a file that starts with `head` is HTML, which browsers' links serve in place of the file."""
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml"))
+def is_placeholder(head: bytes) -> bool:
+    """Return True if a file that starts with `head` is a web page or a Git LFS pointer in place of a file."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(PLACEHOLDERS)
 
 
 def download_command(file: Path) -> str | None:
     """Say how to fetch `file`, if it is where a public download goes; None if it is not."""
     for name, remote in FILES.items():
-        if file.match(remote.path):
-            root = file.absolute().parents[remote.path.count("/")]
-            option = "" if root == OUTPUT_DIR.absolute() else f" --output_dir {root}"
-            return f"fetch it with `python -m util.download {name}{option}`"
+        if file.absolute() == OUTPUT_DIR / remote.path:
+            return f"fetch it with `python -m util.download {name}`"
     return None
 
 
 def download(remote: RemoteFile, path: Path) -> bool:
     """Bring `remote` to `path`; return False if it is there already.
 
-    Bytes go to `path` + ".part", which a later call continues; `path` appears when the file is whole.
-
     Raises InputError if the file cannot be fetched or written, or if the server sends something else.
     """
-    if remote.repository and not path.exists():
-        _fetch_from_hub(remote, path)
-        return True
-    part, waits = path.with_name(path.name + ".part"), list(RETRY_WAITS)
-    while not path.exists():
-        size = _size(part)
+    if path.exists():
+        return False
+    try:
+        if remote.repository:
+            hf_hub_download(remote.repository, remote.name, local_dir=path.parents[remote.name.count("/")])
+        else:
+            _fetch(remote, path)
+    except Exception as error:  # of a library, the network or the disk
+        raise InputError(
+            f"cannot fetch {path} from {remote.url} ({why_unreadable(error)}); check the network, the disk and the "
+            "link, and run the same command again, which continues from there"
+        ) from error
+    return True
+
+
+def _fetch(remote: RemoteFile, path: Path) -> None:
+    """Bring `remote` to `path` by way of `path` + ".part", which a later attempt or call continues."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for wait in (*RETRY_WAITS, None):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(remote.url, part)
-            _check_content(remote, part)
-            part.replace(path)
-            return True
+            _continue(remote.url, part)
+            break
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", None)  # of HTTP
-            if code == 416:  # `part` is longer than the remote file
-                part.unlink(missing_ok=True)
-            waits = list(RETRY_WAITS) if _size(part) > size else waits
-            if not waits or code in (401, 403, 404, 410):
-                raise InputError(
-                    f"cannot fetch {path} from {remote.url} ({error}); check the network, the disk and the link, and "
-                    "run the same command again, which continues from there"
-                ) from error
-            time.sleep(waits.pop(0))
-    _check_content(remote, path)
-    return False
+            if code == 416:  # there is nothing after what `part` holds
+                part.unlink()
+            if wait is None or code in (403, 404):
+                raise
+            time.sleep(wait)
+    size = part.stat().st_size
+    with part.open("rb") as file:
+        is_wrong = is_placeholder(file.read(512)) or size < remote.size / 2
+    if is_wrong:
+        part.unlink()
+        raise ValueError(f"the server sent a web page, or {_amount(size)} in place of {_amount(remote.size)}")
+    part.replace(path)
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Bring `part` to its full length over one connection; raise OSError or HTTPException if that fails."""
-    start = max(0, _size(part) - 1)  # the last byte again, since servers have no answer to a request for nothing
+def _continue(url: str, part: Path) -> None:
+    """Append to `part` what it lacks, over one connection; raise OSError or HTTPException if that fails."""
+    start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "python-urllib", "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.status == 200:  # the whole file
-            start = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise OSError("the server sent another part of the file than was asked for")
         if response.length is None:
             raise OSError("the server does not say how large the file is")
-        if shutil.disk_usage(part.parent).free < response.length:
-            raise OSError(f"the disk has no room for {_amount(response.length)} more")
-        total = start + response.length
-        bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, dynamic_ncols=True)
-        with part.open("r+b" if start else "wb") as file, bar:
-            file.seek(start)
-            while block := response.read(CHUNK):
-                file.write(block)
-                bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-    if bar.n < total:
-        raise OSError(f"the connection closed after {_amount(bar.n)} of {_amount(total)}")
-
-
-def _check_content(remote: RemoteFile, path: Path) -> None:
-    """Raise InputError if a file is a web page, or far smaller than it should be."""
-    fault = f"has {_amount(_size(path))} where about {_amount(remote.size)} is expected"
-    with path.open("rb") as file:
-        is_web_page = looks_like_web_page(file.read(512))
-    if is_web_page or _size(path) < remote.size / 2:
-        fault = "is a web page" if is_web_page else fault
-        raise InputError(f"{path} {fault}; delete it, and open {remote.url} in a browser if that happens again")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+        start = start if response.status == 206 else 0  # a server without ranges sends the whole file
+        settings = {"total": start + response.length, "initial": start, "desc": part.stem}
+        with part.open("ab" if start else "wb") as file, tqdm.wrapattr(file, "write", **settings) as writer:
+            shutil.copyfileobj(response, writer, 1 << 18)
+        if response.length:  # what has not come
+            raise OSError(f"the connection closed after {_amount(part.stat().st_size)}")
 
 
 def _amount(size: float) -> str:
     return tqdm.format_sizeof(size, suffix="B")
-
-
-def _fetch_from_hub(remote: RemoteFile, path: Path) -> None:
-    """Fetch a file of Hugging Face; its library continues and checks it. Raises InputError if that fails."""
-    try:
-        hf_hub_download(remote.repository, remote.name, local_dir=path.parents[remote.name.count("/")])
-    except Exception as error:  # of the library, its HTTP client or the disk
-        raise InputError(
-            f"cannot fetch {path} from {remote.url} ({why_unreadable(error)}); check the network and the disk, and run "
-            "the same command again, which continues from there"
-        ) from error
 
 
 @exits_cleanly
@@ -180,10 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for name in dict.fromkeys(options.names):
         path = options.output_dir / FILES[name].path
-        try:
-            note = "" if download(FILES[name], path) else "there already, "
-        except KeyboardInterrupt:
-            raise InputError(f"stopped before {path} was complete; the same command continues from there") from None
+        note = "" if download(FILES[name], path) else "there already, "
         print(f"{path}: {note}{_amount(path.stat().st_size)}, sha256 {file_digest(path)}")
 
 

@@ -24,7 +24,7 @@ from util.weights import load_weights
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 FEATURES_DIMS = {"inception": 2048, "fashion": 128}  # features per image, by the extractor's name
-DINOV2, DINOV2_HUB_NAME, DINOV2_DIM = "dinov2-vit-l-14", "dinov2_vitl14", 1024
+DINOV2_DIM = 1024
 CLASSIFIER_PATH = ROOT / "pretrained_models" / "fashion_classifier.safetensors"
 PIXEL_MEAN, PIXEL_STD = 0.286, 0.353  # of Fashion-MNIST's 28 x 28 training images, in [0, 1]
 OLDEST_VERSION = "0.4.0"  # of torch-fidelity; earlier ones, 0.4.0-beta included, exchange precision and recall
@@ -91,14 +91,15 @@ def load_extractor(
     Raises:
         InputError: weights are missing and cannot be downloaded, are damaged, could run code, or do not fit.
     """
-    fidelity = import_torch_fidelity()
-    dinov2 = _load_dinov2(fidelity) if with_dinov2 else None
     if name == "fashion":
-        return Extractor(name, load_classifier(weights_path or CLASSIFIER_PATH), device, dinov2)
-    return Extractor(name, _load_inception(fidelity, weights_path), device, dinov2)
+        network: nn.Module = load_classifier(weights_path or CLASSIFIER_PATH)
+    else:
+        network = _load_inception(weights_path)
+    return Extractor(name, network, device, _load_dinov2() if with_dinov2 else None)
 
 
-def _load_inception(fidelity: Any, weights_path: Path | None) -> nn.Module:
+def _load_inception(weights_path: Path | None) -> nn.Module:
+    network_class = import_torch_fidelity().FeatureExtractorInceptionV3
     path = weights_path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)  # where torch-fidelity looks
     try:
         if weights_path is None:
@@ -108,7 +109,7 @@ def _load_inception(fidelity: Any, weights_path: Path | None) -> nn.Module:
         torch.save(torch.load(path, map_location="cpu", weights_only=True), checked)
         checked.seek(0)
         options = {"feature_extractor_weights_path": checked}
-        return fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **options)
+        return network_class("inception-v3-compat", ["2048", "logits_unbiased"], **options)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(
             f"Inception's weights cannot be loaded from {path} ({why_unreadable(error)}): get {INCEPTION_FILE} from "
@@ -116,14 +117,14 @@ def _load_inception(fidelity: Any, weights_path: Path | None) -> nn.Module:
         ) from None
 
 
-def _load_dinov2(fidelity: Any) -> nn.Module:
+def _load_dinov2() -> nn.Module:
     try:
-        return fidelity.FeatureExtractorDinoV2(DINOV2, ["dinov2"])
+        return import_torch_fidelity().FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])
     except Exception as error:  # PyTorch's hub runs the repository's code, which can fail in any way
-        load = f"torch.hub.load('facebookresearch/dinov2', '{DINOV2_HUB_NAME}')"
         raise InputError(
-            f"--fd_dinov2 needs a network that could not be loaded ({why_unreadable(error)}): run {load} where GitHub "
-            f"can be reached and copy PyTorch's hub folder, {torch.hub.get_dir()}, or leave the flag out"
+            f"--fd_dinov2 needs a network that could not be loaded ({why_unreadable(error)}): run "
+            "torch.hub.load('facebookresearch/dinov2', 'dinov2_vitl14') where GitHub can be reached and copy PyTorch's "
+            f"hub folder, {torch.hub.get_dir()}, or leave the flag out"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -41,14 +40,11 @@ class ImageSet:
         return f"{len(self):,} images of {self.path}"
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Read images in batches [B, 3, H, W] uint8; threads read the next batch while one is used."""
+        """Read images in batches [B, 3, H, W] uint8."""
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            reading: list[Any] = []
-            for start in range(0, len(self) + batch_size, batch_size):
-                ready = reading
-                reading = [pool.submit(self.read, image) for image in self.images[start : start + batch_size]]
-                if ready:
-                    yield torch.from_numpy(np.stack([image.result() for image in ready])).permute(0, 3, 1, 2)
+            for start in range(0, len(self), batch_size):
+                pixels = np.stack(list(pool.map(self.read, self.images[start : start + batch_size])))
+                yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def open_images(path: Path) -> ImageSet | None:
@@ -56,8 +52,8 @@ def open_images(path: Path) -> ImageSet | None:
 
     A folder's images may be in subfolders, such as one for each class. Files that are no images are named in a note.
 
-    Raises InputError if there is nothing, if images are on several levels, or if one has another size than the first,
-    cannot be read, or cannot be read as 8-bit RGB without loss.
+    Raises InputError if there are no images, or if one cannot be read as 8-bit RGB without loss or has another size
+    than the first.
     """
     if path.is_dir():
         return _open_folder(path)
@@ -65,13 +61,10 @@ def open_images(path: Path) -> ImageSet | None:
         raise InputError(f"{path} does not exist: name a folder of images or an .npz file")
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        return _open_array(path) if "arr_0.npy" in archive.namelist() else None
-
-
-def _open_array(path: Path) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file:
+                return None
             images, has_statistics = file["arr_0"], "mu" in file and "sigma" in file
     except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
         raise InputError(f"{path} is damaged ({why_unreadable(error)}): get it again") from None
@@ -96,49 +89,33 @@ def _open_folder(path: Path) -> ImageSet:
         print(f"note: left out what is no PNG or JPEG image, {len(others)} in all, such as {', '.join(others[:3])}")
     if is_run and len(files) != open_finished(path)[0]["num_images"]:
         raise InputError(f"{path} lacks images, and holds {len(files)}: finish the run, without --no-save_images")
-    levels = [len(file.parts) for file in files]
-    if min(levels) != max(levels):
-        upper, lower = files[levels.index(min(levels))], files[levels.index(max(levels))]
-        raise InputError(
-            f"{path} holds {levels.count(min(levels))} images such as {upper} beside images in subfolders such as "
-            f"{lower}: put all on one level, or move those away that do not belong"
-        )
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         sizes = list(pool.map(_size_of, files))
     for file, size in zip(files, sizes):
         if size != sizes[0]:
-            texts = ["{} x {}".format(*each) for each in (size, sizes[0])]
-            raise InputError(f"{file} is {texts[0]} pixels, but {files[0]} {texts[1]}: make them one size")
+            raise InputError(f"{file} has the size {size}, but {files[0]} has {sizes[0]}: make them one size")
     return ImageSet(path, files, _read, sizes[0])
 
 
 def _size_of(path: Path) -> tuple[int, int]:
     """Return an image's width and height. Raises InputError unless it can be read as 8-bit RGB without loss."""
-    with _opened(path) as image:
-        loss = ""
-        if image.mode not in MODES:
-            loss = f"its pixels are {image.mode}"
-        elif ";16" in str(image.tile):  # Pillow converts such pixels to 8 bits
-            loss = "it has 16 bits per channel"
-        elif getattr(image, "n_frames", 1) > 1:
-            loss = f"it has {image.n_frames} frames"
-        elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-            loss = "it is partly transparent" if image.convert("RGBA").getextrema()[3] != (255, 255) else ""
-        size = image.size
-    if loss:
-        raise InputError(f"{path} cannot be read as 8-bit RGB without loss, as {loss}: convert it or move it away")
-    return size
+    try:
+        with Image.open(path) as image:
+            is_one_image = getattr(image, "n_frames", 1) == 1
+            is_8_bit = image.mode in MODES and ";16" not in str(image.tile)  # Pillow converts 16 bits to 8
+            has_alpha = "A" in image.mode or "transparency" in image.info
+            is_opaque = not has_alpha or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+            if is_one_image and is_8_bit and is_opaque:
+                return image.size
+            reason = f"its mode is {image.mode}, and it may have 16 bits, transparent pixels or several frames"
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error and more
+        reason = str(error)
+    raise InputError(f"{path} cannot be read as 8-bit RGB without loss ({reason}): convert it or move it away")
 
 
 def _read(path: Path) -> np.ndarray:
-    with _opened(path) as image:
-        return np.array(image.convert("RGB"))
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
     try:
         with Image.open(path) as image:
-            yield image
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error and more
-        raise InputError(f"{path} cannot be read as an image ({error}): make it again or move it away") from None
+            return np.array(image.convert("RGB"))
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({error}): make it again or move it away") from None

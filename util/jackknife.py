@@ -29,11 +29,6 @@ def groups_of_images(labels: Sequence[int] | np.ndarray) -> np.ndarray:
     return groups
 
 
-def random_groups(num_images: int) -> np.ndarray:
-    """Return a group number [N] for each of `num_images` of unknown classes, drawn with a fixed seed."""
-    return np.random.RandomState(0).permutation(num_images) % GROUPS
-
-
 def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarray) -> list[Spread]:
     """Return numbers that are measured on all images, each with its standard error, nan if there is only one group.
 

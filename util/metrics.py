@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.errors import InputError, why_unreadable
-from util.extractors import DINOV2_DIM, FEATURES_DIMS, import_torch_fidelity
+from util.extractors import DINOV2_DIM, import_torch_fidelity
 from util.files import atomic_write
-from util.jackknife import GROUPS, groups_of_images, jackknife, random_groups
+from util.jackknife import GROUPS, groups_of_images, jackknife
 
 INCEPTION_SPLITS = 10  # parts of the images whose Inception Scores are averaged
 NEIGHBORS = 3  # the ball around an image reaches to its third nearest neighbor
 BLOCK_SIZE = 1000  # images whose distances to all others are in memory, for precision and recall
-SUBSET_SIZE = 1000  # images in each of the subsets that KID is averaged over
+SUBSET_SIZE = 1000  # images in each of the subsets that KID is averaged over, if there are so many
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,27 @@ class Statistics:
         Raises InputError if the file is missing or damaged, if it holds arrays of other shapes or numbers that are not
         finite, or if it lacks what one of the `metrics` needs.
         """
-        import_torch_fidelity()
-        shapes: dict[str, list] = {"mu": [features_dim], "sigma": [features_dim] * 2, "features": [None, features_dim]}
-        shapes |= {"dinov2_mu": [DINOV2_DIM], "dinov2_sigma": [DINOV2_DIM] * 2}
-        arrays, faults = {}, []
+        shapes = {"mu": (features_dim,), "sigma": (features_dim, features_dim), "features": (features_dim,)}
+        shapes |= {"dinov2_mu": (DINOV2_DIM,), "dinov2_sigma": (DINOV2_DIM, DINOV2_DIM)}
+        needed = ["mu", "sigma", *(part for name in metrics for part in METRICS[name].needs)]
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name].astype(np.float64) for name in shapes if name in file}
+            faults = [f"it lacks {name}" for name in needed if name not in arrays]
+            for name, array in arrays.items():
+                shape = array.shape[1:] if name == "features" else array.shape  # any number of images
+                if shape != shapes[name] or not np.isfinite(array).all():
+                    faults.append(f"{name} is {list(array.shape)}, not finite numbers of {shapes[name][0]} features")
         except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
             faults = [why_unreadable(error)]
-        for name, array in arrays.items():
-            found, expected = list(array.shape), shapes[name]
-            if len(found) != len(expected) or any(size not in (None, has) for size, has in zip(expected, found)):
-                faults.append(f"{name} is {found}, but the features have {expected[-1]} dimensions")
-            elif not np.isfinite(array).all():
-                faults.append(f"{name} holds numbers that are not finite")
-        needs = {"mu": "FID", "sigma": "FID"} | {part: f"--{name}" for name in metrics for part in METRICS[name].needs}
-        lacks = [part for part in shapes if part in needs and part not in arrays]
-        faults = faults or [f"it lacks {part}, for {needs[part]}" for part in lacks]
         if faults:
-            flags = "--keep_features 10000 " * ("features" in needs) + "--fd_dinov2 " * ("dinov2_mu" in needs)
             raise InputError(
-                f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one of ADM's 10,000 reference "
-                "images (VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or of others with "
-                f"`python score.py statistics FOLDER_OR_NPZ {flags}--output FILE`"
+                f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one with `python score.py "
+                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`, of ADM's reference images "
+                "(VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or others"
             )
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)
-            of_features = [name for name in metrics if "features" in METRICS[name].needs]
-            check_enough(of_features, len(arrays["features"]), f"{path} holds features of")
         return cls(**arrays)
 
     def save(self, path: Path) -> None:
@@ -107,103 +99,79 @@ class Statistics:
             np.savez(file, **arrays)
 
 
-# The table
-
-
 class Number(NamedTuple):
-    """A number that a metric yields. If its keys end in _mean, its standard deviation has the same keys with _std."""
+    """A number that a metric yields, under torch-fidelity's name of it in `metrics.json`."""
 
     label: str  # in tables
-    inception: str  # its key in `metrics.json` if Inception computed the features: torch-fidelity's name of it
-    fashion: str  # its key if the Fashion-MNIST classifier computed the features
+    key: str
+    std_key: str = ""  # key of its standard deviation, if there is one
     digits: int = 4  # printed after the point
-
-    def key(self, extractor: str) -> str:
-        """Return the key in `metrics.json`, given the extractor's name."""
-        return self.inception if extractor == "inception" else self.fashion
-
-    def std_key(self, extractor: str) -> str:
-        """Return the key of the number's standard deviation, which may not be there."""
-        return self.key(extractor).removesuffix("_mean") + "_std"
 
 
 @dataclass(frozen=True)
 class Metric:
     """A score of a set of images against a reference.
 
-    `measure` maps the statistics of the images and of the reference to values by `Number.inception`, and may add notes.
+    `measure` maps the statistics of the images and of the reference to values by their keys.
     """
 
     numbers: tuple[Number, ...]
-    measure: Callable[[Statistics, Statistics, list[str]], Mapping[str, float]]
+    measure: Callable[[Statistics, Statistics], Mapping[str, float]]
     least: int = 2  # images that it takes, on both sides
     help: str = ""  # of the flag that asks for it, which is the metric's name; without help it is always computed
-    needs: tuple[str, ...] = ()  # fields of `Statistics` besides mu and sigma, on both sides; logits: of the images
+    needs: tuple[str, ...] = ()  # fields of `Statistics` besides mu and sigma, of the reference
 
 
-def _frechet_distance(own: Statistics, reference: Statistics, notes: list[str], prefix: str = "") -> dict[str, float]:
+def _frechet_distance(own: Statistics, reference: Statistics, prefix: str = "") -> dict[str, float]:
     moments = [{name: getattr(side, prefix + name) for name in ("mu", "sigma")} for side in (own, reference)]
-    dim = len(moments[0]["mu"])
-    assert own.logits is not None  # of all images
-    if len(own.logits) <= dim:
-        notes.append(
-            f"{len(own.logits)} images do not determine the covariance of {dim} features: the Frechet distance is far "
-            "too high, and compares only with that of as many images"
-        )
     return import_torch_fidelity().metric_fid.fid_statistics_to_metric(*moments, verbose=False)
 
 
-def _fd_dinov2(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
-    return {"fd_dinov2": _frechet_distance(own, reference, notes, "dinov2_")["frechet_inception_distance"]}
+def _fd_dinov2(own: Statistics, reference: Statistics) -> dict[str, float]:
+    return {"fd_dinov2": _frechet_distance(own, reference, "dinov2_")["frechet_inception_distance"]}
 
 
-def _inception_score(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
+def _inception_score(own: Statistics, reference: Statistics) -> dict[str, float]:
     return import_torch_fidelity().metric_isc.isc_features_to_metric(own.logits, splits=INCEPTION_SPLITS)
 
 
-def _precision_recall(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
+def _precision_recall(own: Statistics, reference: Statistics) -> dict[str, float]:
     features = map(torch.from_numpy, (own.features, reference.features))  # generated images first
     options = {"prc_neighborhood": NEIGHBORS, "prc_batch_size": BLOCK_SIZE, "save_cpu_ram": True, "verbose": False}
     return import_torch_fidelity().metric_prc.prc_features_to_metric(*features, **options)
 
 
-def _kid(own: Statistics, reference: Statistics, notes: list[str]) -> dict[str, float]:
+def _kid(own: Statistics, reference: Statistics) -> dict[str, float]:
     features = [torch.from_numpy(side.features) for side in (own, reference)]
     size = min(SUBSET_SIZE, *map(len, features))
-    if size < SUBSET_SIZE:
-        notes.append(f"KID is of subsets of {size} images, where {SUBSET_SIZE} are usual")
     return import_torch_fidelity().metric_kid.kid_features_to_metric(*features, kid_subset_size=size, verbose=False)
 
 
 METRICS = {
     "fid": Metric(
-        numbers=(Number("FID", "frechet_inception_distance", "fid_fashion_classifier"),),
+        numbers=(Number("FID", "frechet_inception_distance"),),
         measure=_frechet_distance,
     ),
     "inception_score": Metric(
-        numbers=(Number("Inception Score", "inception_score_mean", "isc_fashion_classifier_mean"),),
+        numbers=(Number("Inception Score", "inception_score_mean", "inception_score_std"),),
         measure=_inception_score,
         least=INCEPTION_SPLITS,
-        needs=("logits",),
     ),
     "precision_recall": Metric(
-        numbers=(
-            Number("precision", "precision", "precision_fashion_classifier"),
-            Number("recall", "recall", "recall_fashion_classifier"),
-        ),
+        numbers=(Number("precision", "precision"), Number("recall", "recall")),
         measure=_precision_recall,
         least=NEIGHBORS + 1,
         help=f"also compute precision and recall, by {NEIGHBORS} nearest neighbors; needs features of the reference",
         needs=("features",),
     ),
     "kid": Metric(
-        numbers=(Number("KID", "kernel_inception_distance_mean", "kid_fashion_classifier_mean", digits=6),),
+        numbers=(Number("KID", "kernel_inception_distance_mean", "kernel_inception_distance_std", digits=6),),
         measure=_kid,
         help="also compute the Kernel Inception Distance; needs features of the reference",
         needs=("features",),
     ),
     "fd_dinov2": Metric(
-        numbers=(Number("FD-DINOv2", "fd_dinov2", "fd_dinov2"),),
+        numbers=(Number("FD-DINOv2", "fd_dinov2"),),
         measure=_fd_dinov2,
         help="also compute the Frechet distance on features of DINOv2 (ViT-L/14); PyTorch's hub fetches the network "
         "from GitHub's facebookresearch/dinov2, code included",
@@ -212,15 +180,11 @@ METRICS = {
 }
 
 
-# Scores
-
-
 def score(
     outputs: Mapping[str, Tensor],
     reference: Statistics,
     metrics: Sequence[str] = (),
     *,
-    extractor: str,
     labels: Sequence[int] | None = None,
     standard_errors: bool = False,
     progress: bool = False,
@@ -237,31 +201,35 @@ def score(
     Returns the scores as `metrics.json` holds them: by name, None if there are too few images, with "notes" and, if
     wanted, "standard_errors".
 
-    Raises InputError if an output is not finite, or if there are too few images for one of the `metrics`.
+    Raises InputError if an output is not finite.
     """
     num_images = len(outputs["features"])
-    check_enough(metrics, num_images, "there are", standard_errors=standard_errors)
     own = Statistics.from_features(**outputs, keep=num_images) if num_images > 1 else None
     scores: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = []
+    if num_images <= len(reference.mu):
+        notes.append(
+            f"{num_images} images do not determine the covariance of {len(reference.mu)} features: FID is far too "
+            "high, and compares only with that of as many images"
+        )
     wanted = [metric for name, metric in METRICS.items() if name in metrics or not metric.help]
     for metric in tqdm(wanted, desc="scores", leave=False, disable=not progress):
         values: Mapping[str, float] = {}
-        if own is None or num_images < metric.least:
+        sample = reference.features if "features" in metric.needs else None
+        count = num_images if sample is None else min(num_images, len(sample))
+        if own is None or count < metric.least:
             notes.append(f"{metric.numbers[0].label} takes at least {metric.least} images")
         else:
-            values = metric.measure(own, reference, notes)
+            values = metric.measure(own, reference)
         for number in metric.numbers:
-            scores[number.key(extractor)] = values.get(number.inception)
-            if number.inception.endswith("_mean"):
-                scores[number.std_key(extractor)] = values.get(number.std_key("inception"))
+            scores.update({key: values.get(key) for key in (number.key, number.std_key) if key})
     if standard_errors:
-        keys = [number.key(extractor) for number, value in read_scores(scores)[1].items() if value is not None]
-        groups = random_groups(num_images) if labels is None else groups_of_images(labels)
+        keys = [number.key for number, value in read_scores(scores).items() if value is not None]
+        groups = groups_of_images(np.random.RandomState(0).permutation(num_images) if labels is None else labels)
 
         def measure(chosen: np.ndarray) -> list[float]:
             part = {name: values[torch.from_numpy(chosen)] for name, values in outputs.items()}
-            of_part = scores if chosen.all() else score(part, reference, metrics, extractor=extractor)
+            of_part = scores if chosen.all() else score(part, reference, metrics)
             bar.update()
             return [of_part[key] for key in keys]
 
@@ -271,33 +239,21 @@ def score(
     return {**scores, "notes": notes}
 
 
-def read_scores(metrics: Mapping[str, Any]) -> tuple[str | None, dict[Number, float | None]]:
-    """Find the scores in what `metrics.json` holds; None stands for those that there were too few images for.
-
-    Returns the extractor that computed them, None if there are no scores, and the scores.
-    """
+def read_scores(metrics: Mapping[str, Any]) -> dict[Number, float | None]:
+    """Find the scores in what `metrics.json` holds; None stands for those that there were too few images for."""
     numbers = [number for metric in METRICS.values() for number in metric.numbers]
-    for extractor in FEATURES_DIMS:
-        found = {number: metrics[number.key(extractor)] for number in numbers if number.key(extractor) in metrics}
-        if numbers[0] in found:  # FID
-            return extractor, found
-    return None, {}
+    return {number: metrics[number.key] for number in numbers if number.key in metrics}
 
 
-def score_table(scores: Mapping[str, Any]) -> str:
+def score_table(scores: Mapping[str, Any], extractor: str) -> str:
     """Write scores for a person to read, a line each, then the notes."""
-    extractor, values = read_scores(scores)
-    assert extractor is not None
     lines = [f"features: {'Inception' if extractor == 'inception' else 'Fashion-MNIST classifier, not Inception'}"]
-    for number, value in values.items():
-        known = [part for part in (value, scores.get(number.std_key(extractor))) if part is not None]
+    for number, value in read_scores(scores).items():
+        known = [part for part in (value, scores.get(number.std_key)) if part is not None]
         line = f"{number.label:16s} " + (" ± ".join(f"{part:.{number.digits}f}" for part in known) or "-")
-        error = scores.get("standard_errors", {}).get(number.key(extractor))
+        error = scores.get("standard_errors", {}).get(number.key)
         lines.append(line if error is None else f"{line} (standard error {error:.4g})")
     return "\n".join([*lines, *(f"note: {note}" for note in scores["notes"])])
-
-
-# Command lines
 
 
 def add_metric_flags(parser: argparse.ArgumentParser, *, standard_errors: bool = True) -> None:
@@ -320,14 +276,3 @@ def metrics_from_flags(args: argparse.Namespace) -> tuple[str, ...]:
 def need_dinov2(metrics: Iterable[str]) -> bool:
     """Return whether one of the metrics is of DINOv2's features."""
     return any("dinov2_mu" in METRICS[name].needs for name in metrics)
-
-
-def check_enough(
-    metrics: Iterable[str], num_images: int, whose: str, way_out: str = "add images", *, standard_errors: bool = False
-) -> None:
-    """Raise InputError if there are too few images for a metric; `whose` begins the sentence about their number."""
-    least = {name: METRICS[name].least for name in metrics}
-    least |= {"standard_errors": GROUPS} if standard_errors else {}
-    for name, count in least.items():
-        if num_images < count:
-            raise InputError(f"--{name} takes at least {count} images; {whose} {num_images}: {way_out}")

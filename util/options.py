@@ -25,7 +25,7 @@ from util.cli import Parser, number, numbers
 from util.errors import InputError
 from util.folder import labels_of
 from util.machine import DTYPES, dtype_name
-from util.metrics import add_metric_flags, check_enough, metrics_from_flags
+from util.metrics import add_metric_flags, metrics_from_flags
 
 # Settings that the images depend on, besides those of the method.
 SETTINGS = ("model", "class_num", "num_images", "class_labels", "cfg", "cfg_schedule", "temperature", "seed")
@@ -119,7 +119,6 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
         flag = metrics[0] if metrics else "standard_errors"
         raise InputError(f"--{flag} has no use with {without}, which makes no scores: leave one of them out")
     num_images = args.num_images or len(args.class_labels or ()) or 50_000
-    check_enough(metrics, num_images, "--num_images is", "make more", standard_errors=args.standard_errors)
 
     complete = {
         "class_num": class_num,

@@ -145,14 +145,13 @@ class Run:
                 outputs,
                 self.reference,
                 options.metrics,
-                extractor=self.extractor.name,
                 labels=self.folder.labels,
                 standard_errors=options.standard_errors,
                 progress=True,
             )
-            digest = file_digest(options.statistics)
-            metrics.update(scores, reference={"path": str(options.statistics), "sha256": digest})
-            table.append(score_table(scores))
+            metrics.update(scores, features=self.extractor.name)
+            metrics["reference"] = {"path": str(options.statistics), "sha256": file_digest(options.statistics)}
+            table.append(score_table(scores, self.extractor.name))
         if seconds := self.folder.seconds():
             metrics.update(seconds)
             table.append("s per image      {seconds_per_image:.3f} (sampling {sampling_seconds:.3f})".format(**seconds))

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,7 +19,7 @@ from torch import nn
 
 from models import MAR, PRESETS, AutoencoderKL, cast_model, create_model, pack_linear_layers
 from models.vae import for_inference
-from util.download import download_command, looks_like_web_page
+from util.download import download_command, is_placeholder
 from util.errors import InputError, why_unreadable
 from util.files import atomic_write
 from util.machine import choose_device, choose_dtype
@@ -40,14 +40,6 @@ class Ignored:
 
 ARRAYS = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 IGNORED: list[Any] = [(Ignored, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.ndarray", *ARRAYS)]
-
-
-class LoadedWeights(NamedTuple):
-    """Where weights came from."""
-
-    path: Path  # the file, also where a folder was named
-    entry: str | None  # of a training checkpoint, such as "model_ema"; None for a plain state dict
-    is_ema: bool  # the entry, or the file's name or metadata, say that these are EMA weights
 
 
 def load_model(
@@ -78,11 +70,11 @@ def load_model(
         vae = PRESETS[name].vae_class(**PRESETS[name].vae)
     device = choose_device("auto") if device is None else torch.device(device)
     dtype = choose_dtype("auto", device) if dtype is None else dtype
-    loaded = load_weights(model, weights or PRESETS[name].checkpoint, what=name, device=device)
-    if PRESETS[name].ema_expected and not loaded.is_ema:
+    path = weights or PRESETS[name].checkpoint
+    if not load_weights(model, path, what=name, device=device) and PRESETS[name].ema_expected:
         _print_once(
-            f"note: nothing says that {loaded.path} holds EMA weights, which the published scores are of; other "
-            "weights score much worse, and the official checkpoints hold both"
+            f"note: nothing says that {path} holds EMA weights, which the published scores are of; other weights "
+            "score much worse, and the official checkpoints hold both"
         )
     load_weights(vae, vae_weights or PRESETS[name].vae_path, what="the VAE", device=device, ignore_prefixes=["loss."])
     return _ready(model, vae, dtype)
@@ -111,7 +103,7 @@ def load_weights(
     what: str,
     ignore_prefixes: Sequence[str] = (),
     device: torch.device | str | None = None,
-) -> LoadedWeights:
+) -> bool:
     """Fill `module` with the weights of a file, all of them or none.
 
     The file is a PyTorch checkpoint (`.pth`, `.ckpt`) or a `.safetensors` file; its content decides, not its name. It
@@ -125,9 +117,10 @@ def load_weights(
         ignore_prefixes: entries that may be in the file and are not read, such as ["loss."].
         device:          default: where `module` is, or the CPU if that is the meta device.
 
-    Raises:
-        InputError: the file is missing, unreadable or damaged, could run code, has other names or shapes, or holds
-            numbers that are not finite.
+    Returns whether the entry's name or the file's metadata say that these are EMA weights.
+
+    Raises InputError if the file is missing, unreadable or damaged, could run code, has other names or shapes, or holds
+    numbers that are not finite.
     """
     path, expected = find_weights(path, what), module.state_dict()
     contents, metadata = _read(path)
@@ -142,8 +135,7 @@ def load_weights(
     elif device is not None:
         module.to(device)
     module.load_state_dict(tensors, assign=is_meta)
-    words = entry or f"{path.name} {metadata}"
-    return LoadedWeights(path, entry, re.search(r"(?<![a-z])ema(?![a-z])", words.lower()) is not None)
+    return entry in EMA_ENTRIES or metadata.get("weights") == "EMA"
 
 
 def save_safetensors(
@@ -166,26 +158,18 @@ def find_weights(path: str | os.PathLike, what: str) -> Path:
 
     Raises InputError if there is no such file, or if it is empty, a Git LFS pointer or a web page.
     """
-    file = path = Path(path)
-    if path.is_dir():
-        candidates = [path / "checkpoint-last.pth", path / "checkpoint-last.safetensors"]
+    file = Path(path)
+    if file.is_dir():
+        candidates = [file / "checkpoint-last.pth", file / "checkpoint-last.safetensors"]
         file = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-    fetch = download_command(file)
+    way_out = download_command(file) or "get it there (a Dropbox link must end in dl=1, Git LFS takes `git lfs pull`)"
     try:
         with file.open("rb") as stream:
             head = stream.read(512)
-    except FileNotFoundError:
-        missing = f"{path} holds no checkpoint-last.pth or .safetensors" if path.is_dir() else f"{file} does not exist"
-        raise InputError(f"no weights for {what}: {missing}; {fetch or 'check the path'}") from None
-    except OSError as error:
-        raise InputError(f"cannot read the weights for {what}, {file}: {error.strerror}") from error
-    if not head:
-        raise InputError(f"{file} is empty; delete it and {fetch or 'get it again'}")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{file} is a Git LFS pointer, not the weights themselves; run `git lfs pull`")
-    if looks_like_web_page(head):
-        way_out = fetch or "get the file itself (a Dropbox link must end in dl=1)"
-        raise InputError(f"{file} is a web page saved under this name; delete it and {way_out}")
+    except OSError:
+        raise InputError(f"no weights for {what}: {file} does not exist or cannot be read; {way_out}") from None
+    if not head or is_placeholder(head):
+        raise InputError(f"{file} is empty, a web page or a Git LFS pointer; delete it and {way_out}")
     return file
 
 
@@ -200,6 +184,9 @@ def _read(path: Path) -> tuple[dict, Mapping[str, str]]:
         # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
         with torch.serialization.safe_globals(IGNORED):
             contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+        if not isinstance(contents, dict):
+            raise TypeError(f"it holds a {type(contents).__name__}")
+        return contents, {}
     except Exception as error:  # a damaged file can fail anywhere in the reader
         refused = re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error))
         reason = f"is truncated, damaged or no checkpoint at all ({why_unreadable(error)})"
@@ -208,9 +195,6 @@ def _read(path: Path) -> tuple[dict, Mapping[str, str]]:
             reason = f"refers to {refused[1].rstrip('.')}, which could run code, and is not loaded"
             way_out = "where it was made, save the weights alone: torch.save({'model_ema': state_dict}, FILE)"
         raise InputError(f"{path} {reason}; {way_out}") from error
-    if not isinstance(contents, dict):
-        raise InputError(f"{path} holds a {type(contents).__name__}, not a dict of weights; get it again")
-    return contents, {}
 
 
 def _select_entry(path: Path, what: str, contents: dict, expected: Mapping[str, Any]) -> tuple[str | None, dict]:
@@ -222,13 +206,14 @@ def _select_entry(path: Path, what: str, contents: dict, expected: Mapping[str, 
     found = {}
     for entry, value in [(None, contents), *contents.items()]:
         if isinstance(value, dict):
-            prefix = _wrapper_prefix([str(name) for name in value])
+            prefixes = {WRAPPER_PREFIX.findall(str(name))[0] for name in value}
+            prefix = prefixes.pop() if len(prefixes) == 1 else ""
             tensors = {str(name).removeprefix(prefix): tensor for name, tensor in value.items()}
             if not expected.keys().isdisjoint(tensors):
                 found[entry] = tensors, prefix
     chosen = next((entry for entry in (*EMA_ENTRIES, *found) if entry in found), None)
     if not found:
-        held = ", ".join(str(name) for name in list(contents)[:3]) or "nothing"
+        held = _listed([str(name) for name in contents]) or "nothing"
         raise InputError(f"{path} does not fit {what}: it holds {held}; name a file with weights for {what}")
     if len(found) > 1 and chosen not in EMA_ENTRIES:
         raise InputError(f"{path} holds several sets of weights ({', '.join(map(str, found))}); save one of them alone")
@@ -239,32 +224,34 @@ def _select_entry(path: Path, what: str, contents: dict, expected: Mapping[str, 
     return chosen, tensors
 
 
-def _wrapper_prefix(names: Sequence[str]) -> str:
-    """Return the prefix that wrappers of PyTorch have put before all names, "" if there is none."""
-    prefix = WRAPPER_PREFIX.findall(names[0])[0] if names else ""
-    return prefix if all(name.startswith(prefix) for name in names) else ""
-
-
 def _check_fit(path: Path, what: str, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, Any]) -> None:
     """Raise InputError unless names and shapes are those of the network, and the values finite plain tensors."""
-    common = [name for name in expected if name in tensors]
-    missing, unknown = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
-    unusable = [name for name in common if not _is_plain(tensors[name], expected[name])]
-    misshapen = [n for n in common if n not in unusable and tensors[n].shape != expected[n].shape]
-    shapes = [f"{n} {list(tensors[n].shape)} for {list(expected[n].shape)}" for n in misshapen]
-    verbs = {"lacks": missing, "has the unknown": unknown, "has no usable numbers in": unusable, "has": shapes}
-    faults = [f"{verb} {_listed(names)}" for verb, names in verbs.items() if names]
+    faults = {}
+    for name in {**expected, **tensors}:
+        found, wanted = _kind(tensors.get(name)), _kind(expected.get(name))
+        if found != wanted:
+            faults[name] = f"{found} instead of {wanted} in {name}"
     if faults:
-        found = _identify(tensors)
-        article = "an" if found and found[0] in "aeiou" else "a"
-        verdict = f"is {article} {found} checkpoint, not {what}" if found and found != what else f"does not fit {what}"
+        preset = _identify(tensors)
+        class_shape: Sequence[int] = getattr(tensors.get("class_emb.weight"), "shape", ())
+        verdict = f"does not fit {what}" if preset in (None, what) else f"holds weights of {preset}, not of {what}"
         way_out = "name the file and the model that belong together"
-        if misshapen == ["class_emb.weight"] and len(faults) == 1:
-            way_out = f"give --class_num {len(tensors['class_emb.weight'])} if it has that many classes"
-        raise InputError(f"{path} {verdict}: it {', '.join(faults)}; {way_out}")
-    broken = [name for name in common if not torch.stack(tensors[name].aminmax()).isfinite().all()]
+        if list(faults) == ["class_emb.weight"] and len(class_shape) == 2:
+            way_out = f"give --class_num {class_shape[0]} if it has that many classes"
+        raise InputError(f"{path} {verdict}: it has {_listed(list(faults.values()))}; {way_out}")
+    broken = [name for name in expected if not torch.stack(tensors[name].aminmax()).isfinite().all()]
     if broken:
         raise InputError(f"{path} holds numbers that are not finite, in {_listed(broken)}; get other weights")
+
+
+def _kind(value: object) -> str:
+    """Describe an entry of a state dict. One of a file fits where its description is the same as the network's."""
+    if value is None:
+        return "nothing"
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return "no dense tensor"
+    is_float = value.is_floating_point() and value.itemsize > 1  # 8-bit floats need a scale
+    return f"{'floats' if is_float else value.dtype} {list(value.shape)}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -274,22 +261,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def _identify(tensors: Mapping[str, Any]) -> str | None:
     """Name the preset that weights are for, by widths and by the shape of the mask token; None if none is."""
-    names = ("class_emb.weight", "z_proj.weight", "mask_token")
-    shapes = [tuple(getattr(tensors.get(name), "shape", ())) for name in names]
-    width, token_dim, one_fake_token = shapes[0][-1:], shapes[1][-1:], len(shapes[2]) == 2
-    for name, preset in PRESETS.items():
-        fields = {"vae_embed_dim": 16, "one_fake_token": False, **preset.architecture}
-        wanted = (fields["encoder_embed_dim"],), (fields["vae_embed_dim"],), fields["one_fake_token"]
-        if wanted == (width, token_dim, one_fake_token):
+    small = {"encoder_depth": 1, "decoder_depth": 1, "diffloss_d": 1}
+    for name in PRESETS:
+        with torch.device("meta"):
+            wanted = create_model(name, **small).state_dict()
+        if all(_kind(tensors.get(part)) == _kind(wanted[part]) for part in ("z_proj.weight", "mask_token")):
             return name
     return None
-
-
-def _is_plain(value: object, expected: torch.Tensor) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and not value.is_meta
-        and not value.is_quantized
-        and (value.is_floating_point() and value.itemsize > 1) == expected.is_floating_point()  # no 8-bit floats
-    )

@@ -35,7 +35,7 @@ class Row:
         self.num_images = self.metrics.get("num_images", 0)
         self.flops = self.metrics.get("flops_per_image") or Flops.of_steps(options.flops).total
         self.seconds = self.metrics.get("sampling_seconds")
-        self.scores = read_scores(self.metrics)[1]
+        self.scores = read_scores(self.metrics)
         self.fid, self.inception_score, *_ = [*self.scores.values(), None, None]
         self.num_parameters = sum(parameter.numel() for parameter in options.meta_model.parameters())
 
@@ -65,8 +65,8 @@ def compare(row: Row, baseline: Row, count: int) -> Comparison | None:
     """Compare the first `count` images of two runs. None if one has not finished, or has fewer images."""
     if row.folder is None or baseline.folder is None or min(row.num_images, baseline.num_images) < count:
         return None
-    extractor, labels = row.options.preset.features, np.array(row.folder.labels[:count])
-    reference = Statistics.load(row.options.statistics, FEATURES_DIMS[extractor])
+    labels = np.array(row.folder.labels[:count])
+    reference = Statistics.load(row.options.statistics, FEATURES_DIMS[row.options.preset.features])
     folders = row.folder, baseline.folder
     outputs = [
         {name: torch.from_numpy(folder.outputs(name)[:count]) for name in ("features", "logits")} for folder in folders
@@ -75,7 +75,7 @@ def compare(row: Row, baseline: Row, count: int) -> Comparison | None:
 
     def measure(chosen: np.ndarray) -> list[float]:
         parts = [{name: output[chosen] for name, output in of_run.items()} for of_run in outputs]
-        scores = [read_scores(score(part, reference, extractor=extractor))[1].values() for part in parts]
+        scores = [read_scores(score(part, reference)).values() for part in parts]
         (fid, inception_score), (other_fid, _) = ([np.nan if v is None else v for v in values] for values in scores)
         return [fid, fid - other_fid, inception_score, is_intended[chosen].mean()]
 
