@@ -29,7 +29,7 @@ from util.files import check_writable, file_digest
 from util.machine import choose_device, mixed_precision
 from util.training.images import load_images
 from util.training.loop import fit
-from util.weights import load_weights, save_safetensors
+from util.weights import find_weights, load_weights, save_safetensors
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 BETAS = (0.9, 0.95)  # of AdamW
@@ -201,7 +201,8 @@ def train_mar(args: argparse.Namespace) -> None:
     vae = AutoencoderKL(**preset.vae).to(device).requires_grad_(False).eval()
     load_weights(vae, args.vae_path or preset.vae_path, what="the VAE", ignore_prefixes=["loss."])
     if args.start_from:
-        file = load_weights(model, args.start_from, what=args.model).path
+        load_weights(model, args.start_from, what=args.model)
+        file = find_weights(args.start_from, args.model)
         seed, context_steps = int(file_digest(file)[:7], 16), 0  # the batches are not those of the earlier training
     else:
         initialize_with_neighbours(model)
