@@ -21,7 +21,9 @@ from PIL import Image
 from ranks import Ranks, free_port, make_weights
 
 import eval as program
-from models import create_model
+import score
+from models import PRESETS, create_model
+from util.errors import InputError
 from util.extractors import load_extractor
 from util.options import parse_options
 from util.processes import launch
@@ -119,7 +121,7 @@ def test_images_and_scores_are_the_same_in_every_world(tmp_path, command, whole)
     assert_same(tmp_path / "run", whole)
     log = job.log.read_text().splitlines()
     assert log[0].startswith("cpu (1 threads of ") and log[0].endswith(", float32, world size 3")
-    assert any("of 24 images" in line for line in log), "no progress where there is no terminal"
+    assert any("| 24/24 [" in line for line in log), "no progress"
 
 
 def test_a_run_goes_on_with_another_batch_size(copy, command, capsys, whole):
@@ -160,8 +162,9 @@ def test_several_seeds_and_cfg_scales_make_a_run_each_with_means_and_a_table(tmp
     folder, few = tmp_path / "runs", ["--num_images", 4]
     assert run(command(folder, *few, "--cfg", "5,1.5", "--seed", "0,3")) == 0
     fids = [read_metrics(folder / f"cfg-5-seed-{seed}")["fid_fashion_classifier"] for seed in (0, 3)]
-    summary, other = json.loads((folder / "cfgs.json").read_text())["cfgs"]
-    assert (summary["cfg"], summary["seeds"], summary["num_images"], other["cfg"]) == (5, [0, 3], 4, 1.5)
+    written = json.loads((folder / "cfgs.json").read_text())
+    summary, other = written["cfgs"]
+    assert (summary["cfg"], written["seeds"], written["num_images"], other["cfg"]) == (5, [0, 3], 4, 1.5)
     assert summary["mean"]["fid_fashion_classifier"] == pytest.approx(np.mean(fids))
     assert summary["spread"]["fid_fashion_classifier"] == pytest.approx(np.std(fids, ddof=1)) != 0
     table = capsys.readouterr().out.rpartition("seeds 0, 3, 4 images each")[2].splitlines()
@@ -169,14 +172,8 @@ def test_several_seeds_and_cfg_scales_make_a_run_each_with_means_and_a_table(tmp
 
     assert run(command(tmp_path / "seed-3", *few, "--seed", 3)) == 0
     assert images(folder / "cfg-5-seed-3") == images(tmp_path / "seed-3") != images(folder / "cfg-5-seed-0")
-    assert run(command(tmp_path / "seed-3", *few, "--seed", "0,3")) == 2
-    assert "holds a single run" in capsys.readouterr().err
     monkeypatch.setattr(program.Sampler, "__call__", None)
     assert run(command(folder, *few, "--cfg", "1.5,5", "--seed", "3,0")) == 0  # all images are there
-    # Every folder is checked before the first run.
-    assert run(command(folder, *few, "--cfg", "7,5", "--seed", "0,3", "--start_step", "2")) == 2
-    assert "cfg-5-seed-0 holds a run with other settings" in capsys.readouterr().err
-    assert not (folder / "cfg-7-seed-0").exists()
 
 
 def test_chosen_classes_take_turns(tmp_path, command):
@@ -221,8 +218,12 @@ def test_what_was_damaged_is_made_again_and_nothing_else(copy, command, whole):
     (copy / "batches" / "000014.npz").write_bytes(content)
     (copy / "batches" / "000018.npz").unlink()
     (copy / "images" / ".000001.png.1.partial").write_bytes(b"half")
-    records_made = (f"{number:06d}.npz" for number in (2, 10, 14, 18))
-    made = {"000003.png", "000010.png", *records_made, "metrics.json", "grid.png"}
+    files = (
+        f"{number:06d}.{kind}"
+        for first in (2, 10, 14, 18)
+        for number, kind in ((first, "npz"), (first, "png"), (first + 1, "png"))
+    )
+    made = {*files, "metrics.json", "grid.png"}
     times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.*")}
     assert run(command(copy)) == 0
     assert_same(copy, whole)
@@ -230,16 +231,24 @@ def test_what_was_damaged_is_made_again_and_nothing_else(copy, command, whole):
     assert changed == made
 
 
-def test_scores_come_later_from_the_images(tmp_path, command, monkeypatch, whole):
+def test_a_run_without_scores_is_refused_with_them_and_scored_by_score_py(tmp_path, command, capsys, whole):
     assert run(command(tmp_path / "run", "--no-score", "--statistics", "nowhere")) == 0
-    assert not scores(tmp_path / "run")
-    monkeypatch.setattr(program.Sampler, "__call__", None)  # nothing is sampled
-    assert run(command(tmp_path / "run")) == 0
-    assert_same(tmp_path / "run", whole)
-    assert read_metrics(tmp_path / "run")["timed_images"] == NUM_IMAGES - BATCH_SIZE
-    monkeypatch.setattr(program, "map_images", None)  # nor is any image scored again
-    assert run(command(tmp_path / "run", "--standard_errors")) == 0
-    assert read_metrics(tmp_path / "run")["standard_errors"]["fid_fashion_classifier"] > 0
+    assert images(tmp_path / "run") == images(whole) and not scores(tmp_path / "run")
+    assert run(command(tmp_path / "run")) == 2
+    message = capsys.readouterr().err
+    assert "scored by None there, FashionClassifier" in message and "score.py evaluate" in message
+    reference = ["--reference", PRESETS["mar_tiny"].statistics_path, "--json", tmp_path / "scores.json"]
+    score_flags = ["evaluate", tmp_path / "run", "--features", "fashion", "--device", "cpu", *reference]
+    assert score.main([*map(str, score_flags)]) == 0
+    fid = json.loads((tmp_path / "scores.json").read_text())["fid_fashion_classifier"]
+    assert fid == pytest.approx(scores(whole)["fid_fashion_classifier"], rel=1e-4)
+
+
+def test_a_finished_run_gets_further_scores_without_sampling(copy, command, monkeypatch):
+    monkeypatch.setattr(program.Sampler, "__call__", None)
+    monkeypatch.setattr(program, "map_images", None)
+    assert run(command(copy, "--standard_errors")) == 0
+    assert read_metrics(copy)["standard_errors"]["fid_fashion_classifier"] > 0
 
 
 def test_without_images_only_those_of_the_grid_are_written(tmp_path, command, monkeypatch, whole):
@@ -280,32 +289,19 @@ def test_a_signal_to_one_rank_stops_all_when_their_work_is_safe(tmp_path, comman
     os.kill(job.processes[1].pid, signal.SIGTERM)
     assert job.wait() == [143] * 2
     log, made, whole = job.log.read_text(), images(folder), images(slow_whole)
-    assert "stopped by SIGTERM; to go on: torchrun" in log and "--lazy_mar" in log and "Traceback" not in log
+    assert log.count("stopped by SIGTERM; the same command goes on") == 1 and "Traceback" not in log
     assert len(made) == BATCH_SIZE * records(folder) > BATCH_SIZE, "work in hand was not finished"
     assert all(made[name] == whole[name] for name in made.keys() & whole.keys())
 
 
-def test_a_second_signal_stops_at_once_and_a_folder_in_use_is_refused(tmp_path, command, capsys):
-    # One batch takes minutes, so only the second signal can be what ends it.
+def test_a_folder_in_use_is_refused(tmp_path, command, capsys):
+    # One batch takes minutes.
     endless = command(tmp_path / "run", "--eval_bsz", NUM_IMAGES, "--num_iter", 256, "--num_sampling_steps", 1000)
     job = Ranks(endless, tmp_path / "log")
-    wait_until(lambda: job.log.exists() and " 0.0 of 24 images" in job.log.read_text(), job.is_alive)
+    wait_until(lambda: job.log.exists() and " 0/24 [" in job.log.read_text(), job.is_alive)
     assert run(endless) == 2
     assert "is in use by another launch" in capsys.readouterr().err
-    job.signal(signal.SIGINT)
-    wait_until(lambda: "finishing the batch in hand" in job.log.read_text(), job.is_alive)
-    time.sleep(1.5)  # signals within a second count as one
-    assert job.is_alive()
-    job.signal(signal.SIGINT)
-    assert job.wait() == [130]
-
-
-def test_progress_moves_within_a_batch(tmp_path, command, capsys, monkeypatch):
-    monkeypatch.setattr("util.run.LINE_SECONDS", 0)
-    assert run(command(tmp_path / "run", "--num_images", 8, "--eval_bsz", 8, "--no-score")) == 0
-    lines = capsys.readouterr().err.splitlines()
-    shown = [line.split("| ")[-1].split(" of ")[0] for line in lines if "images [" in line]
-    assert shown[0] == "0.0" and shown[-1] == "8.0" and len(set(shown)) > 3, shown
+    job.kill()
 
 
 def test_two_machines_with_restarts_finish_after_a_rank_died(tmp_path, command, slow_whole):
@@ -425,6 +421,12 @@ def test_latents_that_are_not_finite_are_named(tmp_path, command, capsys, monkey
     monkeypatch.setattr(program.Sampler, "__call__", break_seven)
     assert run(command(tmp_path / "run", "--eval_bsz", 20)) == 2
     assert "the latents of images 7, 17 are not finite" in capsys.readouterr().err
+
+
+def test_overwriting_at_each_restart_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="--overwrite would delete the images at each restart by torchrun"):
+        parse_options(["--overwrite"])
 
 
 def test_a_fault_of_several_ranks_is_printed_once(tmp_path, command):

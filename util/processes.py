@@ -7,9 +7,9 @@ reach it and no time limit ends it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -25,8 +25,8 @@ from util.errors import InputError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.05
-SAME_SIGNAL_SECONDS = 1.0  # Ctrl-C reaches a process from the terminal and once more from its launcher
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of other launchers
+GO_ON = "the same command goes on (without --overwrite)"
 
 
 class Stopped(Exception):
@@ -50,7 +50,7 @@ class Job:
             )
         numbers = [int(environment.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
         self.rank, self.world_size, self.local_rank = numbers if launched else (0, 1, 0)
-        self._signal, self._signal_time, self._calls, self._queue = 0, 0.0, 0, ""
+        self._signal, self._calls, self._queue = 0, 0, ""
         self._store: Any = dist.HashStore()
         if self.world_size > 1:
             self._store = self._join(next(dist.rendezvous("env://"))[0])
@@ -65,9 +65,7 @@ class Job:
         name = uuid.uuid4().hex
         if self.rank > 0:
             store.set(f"name of {self.rank}", name)
-            while not store.check([f"prefix for {name}"]):
-                time.sleep(POLL_SECONDS)
-            joined = dist.PrefixStore(store.get(f"prefix for {name}").decode(), store)
+            joined = dist.PrefixStore(store.get(f"prefix for {name}").decode(), store)  # waits for rank 0
             joined.add("joined", 1)
             return joined
         joined = dist.PrefixStore(name, store)
@@ -96,11 +94,10 @@ class Job:
 
         So `make` may download a file, whether or not the machines share a disk.
         """
-        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
-            self.barrier()
-        result = make()
-        for _ in range(turn, 3):
+        my_turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
+            if turn == my_turn:
+                result = make()
             self.barrier()
         return result
 
@@ -117,11 +114,11 @@ class Job:
         """Add to the work that is done in the current queue, and return the sum of all ranks."""
         return self._store.add(f"{self._queue}, done", amount)
 
-    def barrier(self, while_waiting: Callable[[], object] = lambda: None) -> None:
-        """Wait until all ranks are here; `while_waiting` is called again and again."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
         key = self._next_key()
         self._store.add(key, 1)
-        self._wait_until(lambda: while_waiting() or self._store.add(key, 0) == self.world_size)
+        self._wait_until(lambda: self._store.add(key, 0) == self.world_size)
 
     def leave(self) -> None:
         """Let rank 0 exit last: where torchrun does not hold the store, it ends with rank 0."""
@@ -131,9 +128,10 @@ class Job:
 
     def fail(self, code: int) -> bool:
         """Ask the other ranks to end with this exit code; return False if another rank has done so before."""
-        if self._store.add("failures", 1) > 1:
-            return False
-        self._store.set("exit code", str(code))
+        with contextlib.suppress(dist.DistError):  # the store has gone
+            if self._store.add("failures", 1) > 1:
+                return False
+            self._store.set("exit code", str(code))
         return True
 
     def check(self) -> None:
@@ -142,13 +140,10 @@ class Job:
             raise Stopped(code)
 
     def on_signal(self, number: int, _: object) -> None:
-        """Handle a signal: the first one stops the job after the batch in hand, a second one ends it at once."""
-        if not self._signal:
-            self._signal, self._signal_time = number, time.monotonic()
-            if self.rank == 0:
-                os.write(2, b"\nfinishing the batch in hand; a second signal ends the run at once\n")
-        elif time.monotonic() - self._signal_time > SAME_SIGNAL_SECONDS:
-            os._exit(128 + number)
+        """Stop the job after the batch in hand."""
+        if self.rank == 0 and not self._signal:
+            os.write(2, b"\nfinishing the batch in hand; SIGQUIT (Ctrl-\\) ends the run at once\n")
+        self._signal = number
 
     def _exit_code(self) -> int:
         """Return the exit code of a job that is to stop, 0 for one that goes on."""
@@ -180,31 +175,16 @@ def launch(main: Callable[[Job], object]) -> int:
         job.leave()
         return 0
     except Stopped as stopped:
-        code, reason = stopped.args[0], ""
-        if code > 128 and job and job.rank == 0:
-            print(f"stopped by {signal.Signals(code - 128).name}; to go on: {command_line()}", file=sys.stderr)
+        code = stopped.args[0]
+        by = signal.Signals(code - 128).name if code > 128 else "another rank"
+        reason = f"stopped by {by}; {GO_ON}"
     except InputError as error:
         code, reason = 2, f"error: {error}"
-    except dist.DistError:
-        code, reason = 1, f"error: the connection to the job's other processes is lost; to go on: {command_line()}"
     except Exception:
         code, reason = 1, traceback.format_exc()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    try:
-        is_first = job is None or job.fail(code)
-    except dist.DistError:
-        is_first = True
-    if is_first and reason:
-        print(f"[rank {job.rank}] {reason}" if job and job.rank else reason, file=sys.stderr, flush=True)
+    if job is None or job.fail(code):
+        print(reason, file=sys.stderr, flush=True)
     return code
-
-
-def command_line() -> str:
-    """Return the command that continues this job, as far as a process can know how it was launched."""
-    launcher = "python"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        nodes, local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-        launcher = f"torchrun --nnodes={nodes} --nproc_per_node={local}"
-    return f"{launcher} {shlex.join(argument for argument in sys.argv if argument != '--overwrite')}"
