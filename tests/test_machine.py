@@ -89,21 +89,18 @@ def test_a_gpu_that_cannot_be_used_is_mentioned(built_for, monkeypatch):
     assert machine.choose_device("auto") == CPU
     note = "built for CUDA 13.0 and finds no usable GPU"
     assert (note in machine.introduce(CPU, torch.float32, 1, asked=("auto", "auto"))) == bool(built_for)
-    assert note not in machine.introduce(CPU, torch.float32, 1, asked=("cpu", "auto"))
     with pytest.raises(InputError, match="--device cuda: PyTorch finds no usable GPU"):
         machine.choose_device("cuda")
 
 
-def test_the_record_names_the_processor_and_changes_with_the_code(monkeypatch, tmp_path):
-    described = machine.describe(CPU)
-    assert f"{torch.get_num_threads()} threads of " in described["processor"]
+def test_any_edit_of_the_code_changes_its_digest(monkeypatch, tmp_path):
     (tmp_path / "models").mkdir()
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    codes = {described["code"]}
+    codes = set()
     for code in ("x = 1", "x = 1  # a comment"):
         (tmp_path / "models" / "code.py").write_text(code)
         codes.add(machine.describe(CPU)["code"])
-    assert len(codes) == 3
+    assert len(codes) == 2
 
 
 # PyTorch's allocation rules, simulated over all steps of MAR-H.

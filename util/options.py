@@ -118,7 +118,9 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
         if getattr(args, name) is None:
             setattr(args, name, default)
     args.metrics = metrics_from_flags(args)
-    args.method_name, args.method = _method_name(args), method_from_flags(args)
+    name = args.method or ("lazymar" if args.lazy_mar else "mar")
+    args.method_name = "+".join(part.strip().lower() for part in name.split("+"))
+    args.method = _method_of(args)
     _check(args)
     args.score = args.score and args.class_labels is None
 
@@ -188,8 +190,7 @@ def _parser(description: str | None) -> Parser:
     add("--eval_bsz", type=number(int, 1), default=128, metavar="N", help="batch size: images sampled together")
     add("--cfg", type=numbers(float, 1), metavar="SCALE,...",
         help="scale of classifier-free guidance, 1 is none; several make a run each (default: the model's)")
-    add("--cfg_schedule", choices=CFG_SCHEDULES,
-        help="how the scale grows with the known tokens (default: the model's)")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, help="how the scale grows with known tokens (default: the model's)")
     add("--temperature", type=number(float, 0), default=1.0, metavar="X",
         help="scale of the diffusion head's noise; with a solver, of its initial noise")
     add("--seed", type=numbers(int, 0), default=(0,), metavar="SEED,...",
@@ -200,8 +201,7 @@ def _parser(description: str | None) -> Parser:
     add("--resume", type=Path, metavar="PATH",
         help="MAR's weights: a file, or a folder with checkpoint-last.pth (default: the model's, in pretrained_models)")
     add("--vae_path", type=Path, metavar="FILE", help="the VAE's weights (default: the model's, in pretrained_models)")
-    add("--statistics", type=Path, metavar="FILE",
-        help="reference of the scores, made by score.py (default: the model's, in pretrained_models)")
+    add("--statistics", type=Path, metavar="FILE", help="reference of the scores, see score.py (default: the model's)")
     add("--inception_weights", type=Path, metavar="FILE",
         help="weights of torch-fidelity's Inception (default: PyTorch's hub folder, downloaded if missing)")
     add("--output_dir", type=Path, metavar="FOLDER",
@@ -210,12 +210,8 @@ def _parser(description: str | None) -> Parser:
     switch("--score", help="compute FID and Inception Score; if off, no statistics are needed")
     add("--overwrite", action="store_true", help="delete the run that --output_dir holds, and start anew")
     add_metric_flags(parser)
-    add_method_flags(parser)
-    return parser
 
-
-def add_method_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --method, --lazy_mar and a flag for each setting of `Method` and `CachePolicy`, for `method_from_flags`."""
+    # A flag for each setting of `Method` and `CachePolicy`; what is not given is not in the namespace.
     add = parser.add_argument_group("method", "a method sets all of these; each flag replaces one of its settings",
                                     argument_default=SUPPRESS).add_argument
     add("--method", default=None, metavar="NAME",
@@ -229,9 +225,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of each autoregressive step, in place of --num_iter and --token_schedule")
     add("--token_schedule", choices=TOKEN_SCHEDULES, help="how many tokens the steps predict (default: cosine)")
     add("--num_sampling_steps", type=_denoising_steps, metavar="N or UPPER:LOWER:SCHEDULE or solver:N",
-        help="denoising steps of the head; 50:5:linear falls from 50 to 5, other schedules are cosine, two-stage, "
-             "constant and generation; solver:8 is a few-step solver with 8 evaluations of the head, and "
-             "solver:8:singlestep is eMIGM's (default: 100)")
+        help="denoising steps of the head; 50:5:linear falls from 50 to 5 (or: cosine, two-stage, constant, "
+             "generation); solver:8 and eMIGM's solver:8:singlestep evaluate the head 8 times (default: 100)")
     add("--guidance_interval", type=_interval, metavar="T_MIN:T_MAX or none",
         help="guide only the steps that end in this interval of time, which falls from 1 to 0, e.g. 0.1:0.3")
     add("--detailed_tokens", type=_detailed_tokens, metavar="SHARE:N or none",
@@ -244,8 +239,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--start_step", type=_steps_or_fraction, metavar="N or FRACTION",
         help="steps before this one are refresh steps; below 1: a fraction of all steps (default: 5)")
     add("--refresh_interval", type=number(int, 1), metavar="N",
-        help="from then on, one step in this many is a refresh step; of 64 if the order has stages or "
-             "--token_schedule is exp (default: 9)")
+        help="from then on, one step in this many is a refresh step; of 64 with stages or exp (default: 9)")
     add("--refresh_steps", type=numbers(int, 0), metavar="STEP,...", help="the refresh steps, in place of these two")
     add("--prune_layer", type=number(int, 0), metavar="N",
         help="decoder block after whose attention only the least similar rows are recomputed (default: 3)")
@@ -255,11 +249,10 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="fewest recomputed rows, besides those predicted at this and the last step (default: 15)")
     add("--selection", choices=RULES,
         help="recompute rows whose values (similarity), keys or inputs (outputs) changed most, or random rows "
-        "(default: similarity)")
+             "(default: similarity)")
     add("--head_refresh_interval", type=_steps_or_fraction, metavar="N or FRACTION",
         help="one in this many denoising steps runs the whole head; of 100 if their number falls (default: 7)")
-    add("--head_skipped_blocks", type=numbers(int, 0), metavar="N,...",
-        help="head blocks whose cached residual is reused (default: 1,2,3,4)")
+    add("--head_skipped_blocks", type=numbers(int, 0), metavar="N,...", help="head blocks to skip (default: 1,2,3,4)")
     add("--head_warmup", type=number(float, 0, 1), metavar="X",
         help="above this fraction of the denoising steps the other head blocks are computed (default: 0.9)")
     add("--condition_interval", type=number(int, 1), metavar="N",
@@ -268,11 +261,12 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--condition_cache", action=BooleanOptionalAction, help="reuse the branches' difference (default: on)")
     add("--head_cache", action=BooleanOptionalAction,
         help="reuse the head's features between steps, except with a solver (default: on)")
+    return parser
 # fmt: on
 
 
-def method_from_flags(args: argparse.Namespace) -> Method:
-    """Return the method that the flags of `add_method_flags` ask for.
+def _method_of(args: argparse.Namespace) -> Method:
+    """Return the method that --method and the flags of its settings ask for.
 
     Raises InputError for an unknown method, for flags that contradict each other, and for values out of range.
     """
@@ -281,7 +275,7 @@ def method_from_flags(args: argparse.Namespace) -> Method:
         for kind in (Method, CachePolicy)
     )
     try:
-        method = find_method(_method_name(args), getattr(args, "model", ""), getattr(args, "num_iter", None))
+        method = find_method(args.method_name, args.model, getattr(args, "num_iter", None))
         if args.lazy_mar and method.cache != METHODS["lazymar"].cache:
             raise InputError(f"--lazy_mar means --method lazymar, not --method {args.method}: leave one of them out")
         if policy:
@@ -291,11 +285,6 @@ def method_from_flags(args: argparse.Namespace) -> Method:
         return method.replaced(**settings)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-
-
-def _method_name(args: argparse.Namespace) -> str:
-    name = args.method or ("lazymar" if args.lazy_mar else "mar")
-    return "+".join(part.strip().lower() for part in name.split("+"))
 
 
 def method_settings(method: Method) -> dict[str, Any]:

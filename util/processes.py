@@ -41,19 +41,17 @@ class Job:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        launched = "RANK" in environment
         tasks = next((environment[name] for name in TASK_COUNTS if name in environment), "1")
-        if not launched and tasks != "1":
+        if "RANK" not in environment and tasks != "1":
             raise InputError(
                 f"{tasks} tasks were launched without torchrun, and each would make all images: start one torchrun per "
                 "machine, as examples/slurm.sbatch does, or one task (in an allocation of more, unset SLURM_NTASKS)"
             )
-        numbers = [int(environment.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-        self.rank, self.world_size, self.local_rank = numbers if launched else (0, 1, 0)
+        self.rank, self.local_rank = (int(environment.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.world_size = int(environment.get("WORLD_SIZE", 1))
         self._signal, self._calls, self._queue = 0, 0, ""
-        self._store: Any = dist.HashStore()
-        if self.world_size > 1:
-            self._store = self._join(next(dist.rendezvous("env://"))[0])
+        alone = self.world_size == 1
+        self._store: Any = dist.HashStore() if alone else self._join(next(dist.rendezvous("env://"))[0])
 
     def _join(self, store: Any) -> Any:
         """Return the store under a prefix of this start of the job.
@@ -102,9 +100,10 @@ class Job:
         return result
 
     def claim(self, items: Sequence[T]) -> Iterator[T]:
-        """Yield items of a work queue that all ranks share; end early if the job is to stop."""
+        """Yield items of a work queue that all ranks share. Raises `Stopped` between items."""
         self._queue = self._next_key()
-        while not self._exit_code():
+        while True:
+            self._check()
             position = self._store.add(self._queue, 1) - 1
             if position >= len(items):
                 return
@@ -134,26 +133,22 @@ class Job:
             self._store.set("exit code", str(code))
         return True
 
-    def check(self) -> None:
-        """Raise `Stopped` if the job is to stop."""
-        if code := self._exit_code():
-            raise Stopped(code)
-
     def on_signal(self, number: int, _: object) -> None:
         """Stop the job after the batch in hand."""
         if self.rank == 0 and not self._signal:
             os.write(2, b"\nfinishing the batch in hand; SIGQUIT (Ctrl-\\) ends the run at once\n")
         self._signal = number
 
-    def _exit_code(self) -> int:
-        """Return the exit code of a job that is to stop, 0 for one that goes on."""
+    def _check(self) -> None:
+        """Raise `Stopped` if the job is to stop."""
         if self._signal:
-            return 128 + self._signal
-        return int(self._store.get("exit code")) if self._store.check(["exit code"]) else 0
+            raise Stopped(128 + self._signal)
+        if self._store.check(["exit code"]):
+            raise Stopped(int(self._store.get("exit code")))
 
     def _wait_until(self, condition: Callable[[], object]) -> None:
         while not condition():
-            self.check()
+            self._check()
             time.sleep(POLL_SECONDS)
 
     def _next_key(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ class Run:
     def save(self, batches: Iterable[Batch]) -> None:
         """Write batches in the background, show how many images all ranks have made, and wait for all ranks.
 
-        Raises `Stopped`, once all finished batches are written, if a signal has ended `batches` early.
+        If `batches` raises `Stopped`, all batches that it has yielded are written first.
         """
         total = len(self.folder.labels)
         there = total - len(self.missing)
@@ -78,7 +78,6 @@ class Run:
                 bar.update(there + self.job.count(len(batch.indices)) - bar.n)
             for written in writing:
                 written.result()
-            self.job.check()
             self.job.barrier()
             bar.update(total - bar.n)
 
@@ -195,13 +194,12 @@ def evaluate_sweep(job: Job, options: Options, evaluate: Callable[[Job, Options]
 def summarise_sweep(runs: Sequence[Options], metrics: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
     """Return mean and spread (sample standard deviation) over the seeds of each CFG scale, and a table of them."""
     names = [name for name, value in metrics[0].items() if isinstance(value, float) and not name.endswith("_std")]
-    names = [name for name in names if all(name in each for each in metrics)]
     seeds = list(dict.fromkeys(run.seed for run in runs))
     summaries, rows = [], {name: f"{name:30s}" for name in ("cfg", *names)}
     for cfg in dict.fromkeys(run.cfg for run in runs):
-        own = [each for run, each in zip(runs, metrics) if run.cfg == cfg]
-        mean = {name: float(np.mean([each[name] for each in own])) for name in names}
-        spread = {name: float(np.std([each[name] for each in own], ddof=1)) for name in names if len(own) > 1}
+        values = {name: [each[name] for run, each in zip(runs, metrics) if run.cfg == cfg] for name in names}
+        mean = {name: statistics.mean(each) for name, each in values.items()}
+        spread = {name: statistics.stdev(each) for name, each in values.items() if len(each) > 1}
         summaries.append({"cfg": cfg, "mean": mean, "spread": spread})
         rows["cfg"] += f"{cfg:>20g}"
         for name in names:
