@@ -22,11 +22,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     ("processor", "onednn", "instructions", "fast"),
     [
         ("x86_64", True, "", torch.float32),  # AVX-512 without bfloat16
-        ("x86_64", True, "avx512_bf16", torch.bfloat16),
         ("AMD64", True, "amx_tile", torch.bfloat16),
         ("x86_64", False, "amx_tile", torch.float32),  # which oneDNN may not use
         ("aarch64", True, "", torch.bfloat16),
-        ("arm64", False, "", torch.float32),
     ],
 )
 def test_bfloat16_is_the_default_where_the_processor_computes_in_it(processor, onednn, instructions, fast, monkeypatch):

@@ -56,16 +56,16 @@ def test_one_process_of_each_machine_goes_before_its_others(start):
     """What several write at once to a folder of a machine, such as downloaded weights, would be damaged."""
     order = []
 
-    def work(job: Job) -> str:
-        def make() -> str:
+    def work(job: Job) -> int:
+        def make() -> int:
             order.append(job.rank)
             time.sleep(0.05)
             order.append(job.rank)
-            return f"of {job.rank}"
+            return job.rank
 
         return job.in_turn(make)
 
-    assert start(work) == [f"of {rank}" for rank in RANKS]
+    assert start(work) == [*RANKS]
     assert order[:2] == [0, 0] and sorted(order[2:6]) == [1, 1, 3, 3] and sorted(order[6:]) == [2, 2, 4, 4]
 
 

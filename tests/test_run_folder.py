@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from models import PRESETS, AutoencoderKL
 from util.errors import InputError
 from util.files import atomic_write
-from util.folder import Batch, RunFolder, check_folder, labels_of, locked, open_finished, open_folder
+from util.folder import Batch, RunFolder, check_folder, labels_of, open_finished, open_folder
 from util.images import decode, image_grid, map_images, to_uint8
 
 SETTINGS = {"seed": 0, "class_labels": [1, 2], "class_num": 10, "num_images": 7, "start_step": 5}
@@ -24,12 +25,16 @@ def make_batch(*indices: int, first: bool = False) -> Batch:
     return Batch(list(indices), pixels=pixels, outputs=outputs, sample_seconds=seconds, decode_seconds=0.3, first=first)
 
 
+def begin(path: Path, settings: dict, environment: dict, overwrite: bool = False) -> None:
+    with open_folder(path, settings, environment, overwrite=overwrite):
+        pass
+
+
 @pytest.fixture
 def folder(tmp_path) -> RunFolder:
     """A run of 7 images, of which a batch of three and a batch of one are done."""
     folder = RunFolder(tmp_path / "run", labels_of(SETTINGS), 7)
-    with locked(folder.path):
-        open_folder(folder.path, SETTINGS, {"torch": "2"})
+    begin(folder.path, SETTINGS, {"torch": "2"})
     assert folder.missing() == [0, 1, 2, 3, 4, 5, 6]
     folder.save(make_batch(0, 1, 2, first=True))
     folder.save(make_batch(6))
@@ -50,9 +55,9 @@ def test_what_was_saved_is_read_again(folder):
 
 
 def test_other_settings_are_named_and_another_environment_is_printed(folder, capsys):
-    open_folder(folder.path, {"seed": 0}, {"torch": "2"})
+    begin(folder.path, {"seed": 0}, {"torch": "2"})
     assert not capsys.readouterr().out
-    open_folder(folder.path, SETTINGS, {"torch": "3", "processor": "other"})
+    begin(folder.path, SETTINGS, {"torch": "3", "processor": "other"})
     assert "images from here on may be rounded differently (torch 2 there, 3 now)" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"class_labels \[1, 2\] there, \[2, 1\] now"):
         check_folder(folder.path, {**SETTINGS, "class_labels": [2, 1]})
@@ -61,23 +66,30 @@ def test_other_settings_are_named_and_another_environment_is_printed(folder, cap
 def test_a_folder_without_a_finished_batch_takes_other_settings_and_forgets_their_images(folder):
     for file in (folder.path / "batches").iterdir():
         file.unlink()
-    open_folder(folder.path, {**SETTINGS, "seed": 1}, {})
+    begin(folder.path, {**SETTINGS, "seed": 1}, {})
     assert not list((folder.path / "images").iterdir())
     folder.save(make_batch(0))
     with pytest.raises(InputError, match="seed 1 there, 0 now"):
-        open_folder(folder.path, SETTINGS, {})
+        begin(folder.path, SETTINGS, {})
 
 
 def test_overwriting_leaves_what_is_not_of_the_run(folder):
     (folder.path / "run.json").write_text('{"settings": ')
     with pytest.raises(InputError, match=r"run\.json is damaged .* --overwrite"):
-        open_folder(folder.path, SETTINGS, {})
+        begin(folder.path, SETTINGS, {})
     (folder.path / "notes.txt").write_text("mine")
     (folder.path / "images" / "holiday.jpg").write_text("mine too")
-    open_folder(folder.path, {"seed": 1}, {}, overwrite=True)
+    begin(folder.path, {"seed": 1}, {}, overwrite=True)
     left = sorted(path.name for path in folder.path.rglob("*.*"))
     assert left == [".lock", "holiday.jpg", "notes.txt", "run.json"]
     assert json.loads((folder.path / "run.json").read_text())["settings"] == {"seed": 1}
+
+
+def test_a_folder_that_has_gone_is_not_made_again(folder, tmp_path):
+    folder.path.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"cannot write to {folder.path}: No such file or directory; nothing written"):
+        folder.save(make_batch(3))
+    assert not folder.path.exists()
 
 
 def test_a_finished_run_is_read_from_its_folder_alone(folder):

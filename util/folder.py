@@ -160,10 +160,19 @@ def side_by_side(*runs: RunFolder) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Make a run's folder if it is missing, and hold its lock. The kernel releases the lock when the process ends.
+def open_folder(
+    path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[None]:
+    """Begin a run, or check that the one in the folder can be continued; hold the folder's lock within the block.
 
-    Raises InputError if another launch holds the lock, or if the folder holds other files or cannot be written.
+    Half-written files of a killed process are removed. The kernel releases the lock when a process ends.
+
+    Args:
+        settings:    what the images and their scores depend on, as JSON holds it.
+        environment: what their rounding depends on; a note is printed if it has changed.
+        overwrite:   delete the run that is there.
+
+    Raises InputError if the folder holds another run or other files, is in use, or cannot be written.
     """
     import fcntl  # not on Windows
 
@@ -183,25 +192,13 @@ def locked(path: Path) -> Iterator[None]:
             raise InputError(f"--output_dir {path} is in use by another launch: choose another folder") from None
         except OSError:  # a file system without locks
             pass
+        if not overwrite:
+            check_folder(path, settings)
+        _begin_or_continue(path, {"settings": settings, "environment": environment}, overwrite)
         yield
 
 
-def open_folder(
-    path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], *, overwrite: bool = False
-) -> None:
-    """Begin the run of a `locked` folder, or check that the run in it can be continued.
-
-    Half-written files of a killed process are removed.
-
-    Args:
-        settings:    what the images and their scores depend on, as JSON holds it.
-        environment: what their rounding depends on; a note is printed if it has changed.
-        overwrite:   delete the run that is there.
-
-    Raises InputError if the folder holds a run with other settings.
-    """
-    if not overwrite:
-        check_folder(path, settings)
+def _begin_or_continue(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
     for file in path.rglob(".*.partial"):
         file.unlink(missing_ok=True)
     if overwrite or not any((path / "batches").glob("*.npz")):
@@ -209,8 +206,8 @@ def open_folder(
             for file in path.glob(pattern):
                 file.unlink()
         with atomic_write(path / "run.json") as partial:
-            partial.write_text(json.dumps({"settings": settings, "environment": environment}, indent=2))
-    elif changed := describe_differences(_read(path / "run.json")["environment"], environment):
+            partial.write_text(json.dumps(run, indent=2))
+    elif changed := describe_differences(_read(path / "run.json").get("environment", {}), run["environment"]):
         print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
 
 

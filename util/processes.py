@@ -122,8 +122,7 @@ class Job:
     def leave(self) -> None:
         """Let rank 0 exit last: where torchrun does not hold the store, it ends with rank 0."""
         self._store.add("leaving", 1)
-        while self.rank == 0 and self._store.add("leaving", 0) < self.world_size:
-            time.sleep(POLL_SECONDS)
+        self._wait_until(lambda: self.rank > 0 or self._store.add("leaving", 0) == self.world_size)
 
     def fail(self, code: int) -> bool:
         """Ask the other ranks to end with this exit code; return False if another rank has done so before."""

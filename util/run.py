@@ -21,7 +21,7 @@ from util import machine
 from util.errors import InputError
 from util.extractors import FEATURES_DIMS, Extractor, load_extractor
 from util.files import atomic_write, file_digest
-from util.folder import Batch, RunFolder, check_folder, locked, open_folder
+from util.folder import Batch, RunFolder, check_folder, open_folder
 from util.images import encode_png, image_grid
 from util.memory import check_memory, out_of_memory_explained
 from util.metrics import Statistics, need_dinov2, score, score_table
@@ -153,16 +153,11 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
         load = partial(load_extractor, features, options.inception_weights, device, with_dinov2=with_dinov2)
         extractor = job.in_turn(load)
     settings["scored by"] = extractor.identity if extractor else None
-
-    def begin() -> dict[str, Any]:
-        settings.update({f"sha256 of {what}": file_digest(file) for what, file in weights.items()})
-        open_folder(options.output_dir, settings, environment, overwrite=options.overwrite)
-        return settings
-
+    settings |= job.share(lambda: {f"sha256 of {what}": file_digest(file) for what, file in weights.items()})
     with contextlib.ExitStack() as stack:
         if job.rank == 0:
-            stack.enter_context(locked(options.output_dir))
-        settings = job.share(begin)
+            overwrite = options.overwrite
+            stack.enter_context(open_folder(options.output_dir, settings, environment, overwrite=overwrite))
         num_saved = options.num_images if options.save_images else GRID_IMAGES
         folder = RunFolder(options.output_dir, options.labels(), num_saved)
         missing = job.share(folder.missing)
