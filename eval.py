@@ -54,27 +54,25 @@ def evaluate(job: Job, options: Options) -> dict[str, Any]:
 
 
 def sampled(batches: Iterable[Batch], sampler: Sampler, run: Run) -> Iterator[Batch]:
-    """Add latents to each batch, unless its pixels are there and only its record was lost."""
+    """Add latents to each batch."""
     for batch in batches:
-        if batch.pixels is None:
-            size, start = len(batch.indices), time.perf_counter()
-            batch.first = not sampler.is_warm(size)
-            labels, noise = torch.tensor(batch.labels), sampler.noise(run.options.seed, batch.indices)
-            batch.latents = retry_eagerly(sampler, sampler, labels, noise, run.follow(batch))
-            check_finite(batch.latents, "latents", batch.indices)  # waits for the device
-            batch.sample_seconds = time.perf_counter() - start
+        size, start = len(batch.indices), time.perf_counter()
+        batch.first = not sampler.is_warm(size)
+        labels = torch.tensor([run.folder.labels[index] for index in batch.indices])
+        batch.latents = retry_eagerly(sampler, sampler, labels, sampler.noise(run.options.seed, batch.indices))
+        check_finite(batch.latents, "latents", batch.indices)  # waits for the device
+        batch.sample_seconds = time.perf_counter() - start
         yield batch
 
 
 def decoded(batches: Iterable[Batch], pipe: MARPipeline, sampler: Sampler) -> Iterator[Batch]:
     """Turn the latents of each batch into pixels."""
     for batch in batches:
-        if batch.latents is not None:
-            start = time.perf_counter()
-            images = retry_eagerly(sampler, pipe.decode, batch.latents)
-            check_finite(images, "decoded pixels", batch.indices)
-            batch.pixels, batch.latents = to_pixels(images), None
-            batch.decode_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        images = retry_eagerly(sampler, pipe.decode, batch.latents)
+        check_finite(images, "decoded pixels", batch.indices)
+        batch.pixels, batch.latents = to_pixels(images), None
+        batch.decode_seconds = time.perf_counter() - start
         yield batch
 
 
@@ -89,10 +87,10 @@ def with_features(batches: Iterable[Batch], extractor: Extractor | None) -> Iter
 
 
 def check_finite(values: Tensor, what: str, indices: Sequence[int]) -> None:
-    """Raise InputError, naming the images, unless all `values` [B, ...] are finite."""
-    broken = [index for index, finite in zip(indices, values.isfinite().flatten(1).all(dim=1).tolist()) if not finite]
+    """Raise InputError, naming the first images, unless all `values` [B, ...] are finite."""
+    broken = [index for index, each in zip(indices, values) if not each.isfinite().all()]
     if broken:
-        names = ", ".join(map(str, broken[:10])) + ", ..." * (len(broken) > 10)
+        names = ", ".join(map(str, broken[:10]))
         raise InputError(
             f"the {what} of images {names} are not finite: try --dtype float32, or other weights (--resume)"
         )

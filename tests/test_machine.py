@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +22,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     ("processor", "onednn", "instructions", "fast"),
     [
         ("x86_64", True, "", torch.float32),  # AVX-512 without bfloat16
-        ("x86_64", True, "avx512_bf16", torch.bfloat16),
         ("AMD64", True, "amx_tile", torch.bfloat16),
         ("x86_64", False, "amx_tile", torch.float32),  # which oneDNN may not use
         ("aarch64", True, "", torch.bfloat16),
-        ("arm64", False, "", torch.float32),
     ],
 )
 def test_bfloat16_is_the_default_where_the_processor_computes_in_it(processor, onednn, instructions, fast, monkeypatch):
@@ -38,8 +37,6 @@ def test_bfloat16_is_the_default_where_the_processor_computes_in_it(processor, o
     assert machine.choose_dtype("float64", CPU) == torch.float64
     with machine.mixed_precision(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == fast
-    note = "note: this processor does not compute in bfloat16: --dtype float32 is many times faster"
-    assert (note in machine.introduce(CPU, torch.bfloat16, 1, asked=("cpu", "bfloat16"))) == (fast == torch.float32)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists a processor's instructions")
@@ -80,8 +77,7 @@ def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(gpu):
     gpu("NVIDIA A100", (8, 0))
     torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     assert machine.choose_dtype("auto", machine.choose_device("cuda")) == torch.bfloat16
-    described = machine.describe(GPU)
-    assert described["TF32"] == "matmul False, cuDNN False" and described["bfloat16 reductions"] == "True"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("built_for", ["13.0", None])
@@ -91,57 +87,44 @@ def test_a_gpu_that_cannot_be_used_is_mentioned(built_for, monkeypatch):
     assert machine.choose_device("auto") == CPU
     note = "built for CUDA 13.0 and finds no usable GPU"
     assert (note in machine.introduce(CPU, torch.float32, 1, asked=("auto", "auto"))) == bool(built_for)
-    assert note not in machine.introduce(CPU, torch.float32, 1, asked=("cpu", "auto"))
     with pytest.raises(InputError, match="--device cuda: PyTorch finds no usable GPU"):
         machine.choose_device("cuda")
 
 
-def test_the_record_names_the_processor_and_changes_with_the_code(monkeypatch, tmp_path):
-    described = machine.describe(CPU)
-    assert f"{torch.get_num_threads()} threads of " in described["processor"]
+def test_any_edit_of_the_code_changes_its_digest(monkeypatch, tmp_path):
     (tmp_path / "models").mkdir()
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    codes = {described["code"]}
+    codes = set()
     for code in ("x = 1", "x = 1  # a comment"):
         (tmp_path / "models" / "code.py").write_text(code)
         codes.add(machine.describe(CPU)["code"])
-    assert len(codes) == 3
+    assert len(codes) == 2
 
 
-# PyTorch's allocation rules, simulated over all captures of MAR-H at batch 128, give LazyMAR pools of 5.4 GB for the
-# steps and 1.7 GB for the head, caches of 8.6 GB and weights of 1.9 GB; decoding 16 images takes 2 GB.
+# PyTorch's allocation rules, simulated over all steps of MAR-H.
 @pytest.mark.parametrize(
-    ("arguments", "batch_size", "with_graphs", "eager"),
-    [("--lazy_mar", 128, 19.7, 17.0), ("--lazy_mar", 256, 35.4, 30.0), ("", 128, 12.0, 9.3)],
+    ("arguments", "batch_size", "gigabytes"), [("--lazy_mar", 128, 17.0), ("--lazy_mar", 256, 30.0), ("", 128, 9.3)]
 )
-def test_memory_is_estimated(arguments, batch_size, with_graphs, eager):
+def test_memory_is_estimated(arguments, batch_size, gigabytes):
     options = parse_options(arguments.split())
-    for cuda_graphs, expected in ((True, with_graphs), (False, eager)):
-        needed = memory_needed(options.meta_model, options.plan, batch_size, torch.bfloat16, cuda_graphs=cuda_graphs)
-        assert needed / 1e9 == pytest.approx(expected, rel=0.05)
+    needed = memory_needed(options.meta_model, options.plan, batch_size, torch.bfloat16)
+    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.05)
 
 
-def test_a_batch_that_cannot_fit_is_refused_and_one_that_fits_without_graphs_is_noted(gpu):
+def test_a_batch_that_cannot_fit_is_refused(gpu):
     options = parse_options(["--lazy_mar"])
-
-    def check() -> str | None:
-        return check_memory(options.meta_model, options.plan, 128, torch.bfloat16, GPU, cuda_graphs=True)
-
-    gpu("NVIDIA A100", (8, 0), free=79e9)
-    assert check() is None
-    gpu("NVIDIA RTX 4000", (8, 9), free=18e9)
-    assert "--eval_bsz 128 needs about 19.7 GB of 18.0 GB; if memory runs out, batches go on without" in check()
-    gpu("Tesla V100", (7, 0), free=15.5e9)
-    with pytest.raises(InputError, match=r"--eval_bsz 128 needs about 17\.\d GB .*: try --eval_bsz 1\d\d$"):
-        check()
-    gpu("small", (8, 6), free=1.9e9)
-    with pytest.raises(InputError, match="take a smaller --model"):
-        check()
+    for free, refusal in (
+        (18e9, None),
+        (15.5e9, r"needs about 17\.\d GB .*: try --eval_bsz 1\d\d$"),
+        (1.9e9, "smaller"),
+    ):
+        gpu("NVIDIA RTX 4000", (8, 9), free=free)
+        with pytest.raises(InputError, match=refusal) if refusal else contextlib.nullcontext():
+            check_memory(options.meta_model, options.plan, 128, torch.bfloat16, GPU)
 
 
 def test_graphs_are_captured_where_every_rank_has_a_third_full_batch_to_replay_them():
-    batches = [[*range(20)]] * 6 + [[1, 2]]
     for world_size, flags, expected in ((2, [], True), (3, [], False), (2, ["--no-cuda_graphs"], False)):
         options = parse_options(["--model", "mar_tiny", "--eval_bsz", "20", *flags])
-        run = SimpleNamespace(options=options, unfinished=batches, job=SimpleNamespace(world_size=world_size))
+        run = SimpleNamespace(options=options, missing=range(6 * 20 + 2), job=SimpleNamespace(world_size=world_size))
         assert Run.cuda_graphs.fget(run) == expected

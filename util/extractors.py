@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +67,9 @@ class Extractor:
         return outputs
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """The network behind each output: its class, and a digest of its weights."""
-        identities: dict[str, str] = {}
-        for names, network in self.networks.items():
-            identities.update(dict.fromkeys(names, f"{type(network).__name__} {weights_digest(network)}"))
-        return identities
+    def identity(self) -> str:
+        """The networks' classes, and digests of their weights."""
+        return ", ".join(f"{type(each).__name__} {weights_digest(each)}" for each in self.networks.values())
 
 
 def load_extractor(

@@ -14,12 +14,11 @@ a file is made again. A record names its images, so batches may differ in size; 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,21 @@ from PIL import Image
 from util.errors import InputError, describe_differences
 from util.files import atomic_write
 from util.images import encode_png, image_grid
+from util.processes import GO_ON
 
-OUTPUTS = ("features", "logits", "dinov2")  # arrays of a record, as an `Extractor` names them
 PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40  # of `side_by_side`
-FACTS = ("sample_seconds", "decode_seconds", "first")
+FACTS = ("indices", "png_bytes", "sample_seconds", "decode_seconds", "first")  # of a record, besides outputs
 
 
 @dataclass
 class Batch:
-    """Images that are made together. What is not known yet, or no longer, is None, nan or missing."""
+    """Images that are made together. What is not known yet, or no longer, is None, nan or empty."""
 
     indices: Sequence[int]  # numbers of the images in the run
-    labels: Sequence[int]  # their classes
     latents: torch.Tensor | None = None  # [n, C, h, w], as the sampler makes them
     pixels: np.ndarray | None = None  # uint8 [n, H, W, 3]
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [n, ...], by the names in `OUTPUTS`
+    png_bytes: Sequence[int] = ()  # size of each PNG, 0 for an image that is not kept
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [n, ...], as an `Extractor` names them
     sample_seconds: float = math.nan
     decode_seconds: float = math.nan
     first: bool = False  # its times include one-time work
@@ -57,69 +56,29 @@ class RunFolder:
     path: Path
     labels: Sequence[int]  # the class of each image
     num_saved: int = 0  # images whose PNG is wanted, from the first one on
-    wanted: Mapping[str, str] = field(default_factory=dict)  # outputs, with the identity of the network behind each
 
     def image_path(self, index: int) -> Path:
         return self.path / "images" / f"{index:06d}.png"
 
-    def batch_path(self, first_index: int) -> Path:
-        return self.path / "batches" / f"{first_index:06d}.npz"
-
     def finished(self) -> Iterator[Batch]:
-        """Yield the finished batches. Their pixels are in the PNGs alone."""
-        return (batch for _, batch, is_scored in self._records() if batch is not None and is_scored)
+        """Yield the batches that have lost nothing. Their pixels are in the PNGs alone."""
+        sizes = {path: path.stat().st_size for path in (self.path / "images").glob("*.png")}
+        for path in sorted((self.path / "batches").glob("*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as record:
+                    arrays = dict(record)  # reads all of it, and compares checksums
+                facts = {name: arrays.pop(name).tolist() for name in FACTS}
+            except Exception:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
+                continue
+            batch = Batch(**facts, outputs=arrays)
+            saved = [index for index in batch.indices if index < self.num_saved]
+            if all(sizes.get(self.image_path(index)) == size for index, size in zip(saved, batch.png_bytes)):
+                yield batch
 
     def missing(self) -> list[int]:
         """Return the numbers of the images that no finished batch holds."""
         finished = {index for batch in self.finished() for index in batch.indices}
         return sorted(set(range(len(self.labels))) - finished)
-
-    def unfinished(self, batch_size: int) -> list[list[int]]:
-        """Return the images of each batch that is to be made; remove the records of batches that have lost an image.
-
-        A batch that lacks no images, but some of the wanted outputs, stays one batch, whatever its size.
-        """
-        lost, unscored = set(range(len(self.labels))), []
-        for path, batch, is_scored in self._records():
-            if batch is None:
-                path.unlink()
-                continue
-            lost.difference_update(batch.indices)
-            if not is_scored:
-                unscored.append(list(batch.indices))
-        return unscored + [sorted(lost)[start : start + batch_size] for start in range(0, len(lost), batch_size)]
-
-    def _records(self) -> Iterator[tuple[Path, Batch | None, bool]]:
-        """Yield each record's path, its batch, and whether the batch has all outputs that are wanted.
-
-        The batch is None if the record is damaged, or if one of the images has to be made again.
-        """
-        sizes = {path: path.stat().st_size for path in (self.path / "images").glob("*.png")}
-        for path in sorted((self.path / "batches").glob("*.npz")):
-            try:
-                batch, png_bytes, made_by = self._read(path)
-            except Exception:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
-                yield path, None, False
-                continue
-            is_scored = self.wanted.items() <= made_by.items()
-            is_there = (
-                sizes.get(self.image_path(index)) == size if index < self.num_saved else is_scored
-                for index, size in zip(batch.indices, png_bytes)
-            )
-            yield path, batch if all(is_there) else None, is_scored
-
-    def _read(self, path: Path) -> tuple[Batch, list[int], dict[str, str]]:
-        """Read a record: the batch, the sizes of its PNGs, and the identity of the network behind each output."""
-        with np.load(path, allow_pickle=False) as record:
-            arrays = dict(record)  # reads all of it, and compares checksums
-        batch = self._batch(arrays["indices"].tolist())
-        batch.outputs = {name: arrays[name] for name in OUTPUTS if name in arrays}
-        for name in FACTS:
-            setattr(batch, name, arrays[name].item())
-        return batch, arrays["png_bytes"].tolist(), json.loads(arrays["made_by"].item())
-
-    def _batch(self, indices: Sequence[int]) -> Batch:
-        return Batch(indices, [self.labels[index] for index in indices])
 
     def outputs(self, name: str) -> np.ndarray:
         """Read one output of all images [N, ...], in the order of their numbers; nan for what is not finished."""
@@ -131,33 +90,19 @@ class RunFolder:
         return outputs
 
     def seconds(self) -> dict[str, float]:
-        """Return the mean seconds per image by part, as `metrics.json` holds them; empty if nothing was timed."""
-        times = [
-            (batch.first, len(batch.indices), batch.sample_seconds, batch.decode_seconds)
-            for batch in self.finished()
-            if not math.isnan(batch.sample_seconds)
-        ]
-        if not times:
-            return {}
+        """Return the mean seconds per image by part, as `metrics.json` holds them."""
+        batches = list(self.finished())
         # A process's first batches include one-time work, so they count only where there are no others.
-        times = [time for time in times if not time[0]] or times
-        _, count, sampling, decoding = map(sum, zip(*times))
+        batches = [batch for batch in batches if not batch.first] or batches
+        count = sum(len(batch.indices) for batch in batches)
+        sampling = sum(batch.sample_seconds for batch in batches) / count
+        decoding = sum(batch.decode_seconds for batch in batches) / count
         return {
-            "seconds_per_image": (sampling + decoding) / count,
-            "sampling_seconds": sampling / count,
-            "decoding_seconds": decoding / count,
+            "seconds_per_image": sampling + decoding,
+            "sampling_seconds": sampling,
+            "decoding_seconds": decoding,
             "timed_images": count,
         }
-
-    def resume(self, indices: Sequence[int]) -> Batch:
-        """Return an unfinished batch with what is there of it: its pixels if no image is missing, and its record."""
-        batch = self._batch(indices)
-        with contextlib.suppress(OSError, SyntaxError):  # the latter is Pillow's, for some damages
-            batch.pixels = np.stack([self.read_image(index) for index in indices])
-            recorded, _, _ = self._read(self.batch_path(indices[0]))
-            if recorded.indices == indices:
-                batch = replace(recorded, pixels=batch.pixels)
-        return batch
 
     def read_image(self, index: int) -> np.ndarray:
         """Read the pixels of one image, uint8 [H, W, 3]."""
@@ -165,27 +110,28 @@ class RunFolder:
             return np.array(image)
 
     def save(self, batch: Batch) -> None:
-        """Write a batch: first its images, unless they are there already, then its record."""
+        """Write a batch: first its images, then its record."""
         assert batch.pixels is not None
-        sizes = []
-        for index, pixels in zip(batch.indices, batch.pixels):
-            png = encode_png(pixels) if index < self.num_saved else b""
-            path = self.image_path(index)
-            if png and not (path.exists() and path.read_bytes() == png):
-                self.write(f"images/{path.name}", png)
-            sizes.append(len(png))
-        made_by = json.dumps(dict(self.wanted) if batch.outputs else {})
-        arrays: dict[str, Any] = {**batch.outputs, **{name: getattr(batch, name) for name in FACTS}}
+        pngs = [encode_png(each) for index, each in zip(batch.indices, batch.pixels) if index < self.num_saved]
+        for index, png in zip(batch.indices, pngs):  # the numbers rise, so that images to be kept come first
+            self.write(f"images/{index:06d}.png", png)
+        batch.png_bytes = [*map(len, pngs), *[0] * (len(batch.indices) - len(pngs))]
+        arrays: dict[str, Any] = {**{name: getattr(batch, name) for name in FACTS}, **batch.outputs}
         record = io.BytesIO()
-        np.savez(record, indices=batch.indices, png_bytes=sizes, made_by=made_by, **arrays)
-        self.write(f"batches/{self.batch_path(batch.indices[0]).name}", record.getvalue())
+        np.savez(record, **arrays)
+        self.write(f"batches/{batch.indices[0]:06d}.npz", record.getvalue())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write one of the folder's files. Raises OSError, also if the folder has gone: it is not made again."""
-        if not (self.path / "run.json").exists():
-            raise FileNotFoundError(errno.ENOENT, "the folder of the run has gone", str(self.path))
-        with atomic_write(self.path / name) as partial:
-            partial.write_bytes(content)
+        """Write one of the folder's files. Raises InputError if that fails, also if the folder has gone."""
+        try:
+            (self.path / "run.json").stat()  # a folder that has gone is not made again
+            with atomic_write(self.path / name) as partial:
+                partial.write_bytes(content)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.path}: {error.strerror}; nothing written before is damaged, and once that is "
+                f"put right, {GO_ON}"
+            ) from error
 
 
 def labels_of(settings: Mapping[str, Any]) -> list[int]:
@@ -196,13 +142,9 @@ def labels_of(settings: Mapping[str, Any]) -> list[int]:
 
 def open_finished(path: Path) -> tuple[dict[str, Any], dict[str, Any], RunFolder]:
     """Read a finished run: its settings, its metrics and its folder. Raises InputError if it has not finished."""
-    file = path / "metrics.json"
-    try:
-        metrics = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{file} does not exist: name a run's folder, or finish that run with eval.py first") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is damaged ({error}): run eval.py again") from None
+    metrics = _read(path / "metrics.json")
+    if not metrics:
+        raise InputError(f"{path}/metrics.json does not exist: name a run's folder, or finish that run with eval.py")
     return metrics["settings"], metrics, RunFolder(path, labels_of(metrics["settings"]))
 
 
@@ -211,20 +153,26 @@ def side_by_side(*runs: RunFolder) -> bytes:
     indices = [index for index in range(len(runs[0].labels)) if all(run.image_path(index).exists() for run in runs)]
     if not indices:
         raise InputError(f"{runs[0].path} and {runs[1].path} share no images: run both with --save_images")
-    images = [
-        run.read_image(index)
-        for start in range(0, min(len(indices), PAIRS_SHOWN), PAIRS_PER_ROW)
-        for run in runs
-        for index in indices[start : start + PAIRS_PER_ROW]
-    ]
+    starts = range(0, min(len(indices), PAIRS_SHOWN), PAIRS_PER_ROW)
+    rows = [indices[start : start + PAIRS_PER_ROW] for start in starts]
+    images = [run.read_image(index) for row in rows for run in runs for index in row]
     return encode_png(image_grid(images, columns=min(PAIRS_PER_ROW, len(indices))))
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Make a run's folder if it is missing, and hold its lock. The kernel releases the lock when the process ends.
+def open_folder(
+    path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[None]:
+    """Begin a run, or check that the one in the folder can be continued; hold the folder's lock within the block.
 
-    Raises InputError if another launch holds the lock, or if the folder holds other files or cannot be written.
+    Half-written files of a killed process are removed. The kernel releases the lock when a process ends.
+
+    Args:
+        settings:    what the images and their scores depend on, as JSON holds it.
+        environment: what their rounding depends on; a note is printed if it has changed.
+        overwrite:   delete the run that is there.
+
+    Raises InputError if the folder holds another run or other files, is in use, or cannot be written.
     """
     import fcntl  # not on Windows
 
@@ -244,66 +192,40 @@ def locked(path: Path) -> Iterator[None]:
             raise InputError(f"--output_dir {path} is in use by another launch: choose another folder") from None
         except OSError:  # a file system without locks
             pass
+        if not overwrite:
+            check_folder(path, settings)
+        _begin_or_continue(path, {"settings": settings, "environment": environment}, overwrite)
         yield
 
 
-def open_folder(
-    path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any], *, overwrite: bool = False
-) -> None:
-    """Begin the run of a `locked` folder, or check that the run in it can be continued.
-
-    A folder without a finished batch takes other settings. Half-written files of a killed process are removed.
-
-    Args:
-        settings:    what the images depend on.
-        environment: what their rounding depends on; a note is printed if it has changed.
-        overwrite:   delete the run that is there.
-
-    Raises InputError if the folder holds a run with other settings.
-    """
-    if overwrite:
-        _clear(path)
-    check_folder(path, settings)
-    there, began = _read(path)
-    if not there or describe_differences(there, _as_json(settings)):  # no run, or none with a finished batch
-        _clear(path)
-        with atomic_write(path / "run.json") as partial:
-            partial.write_text(json.dumps({"settings": settings, "environment": environment}, indent=2))
-    elif changed := describe_differences(began, environment):
-        print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
+def _begin_or_continue(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
     for file in path.rglob(".*.partial"):
         file.unlink(missing_ok=True)
+    if overwrite or not any((path / "batches").glob("*.npz")):
+        for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
+            for file in path.glob(pattern):
+                file.unlink()
+        with atomic_write(path / "run.json") as partial:
+            partial.write_text(json.dumps(run, indent=2))
+    elif changed := describe_differences(_read(path / "run.json").get("environment", {}), run["environment"]):
+        print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
 
 
 def check_folder(path: Path, settings: Mapping[str, Any]) -> None:
     """Raise InputError if a folder, which may not exist, has a batch that was finished with other settings."""
-    differences = describe_differences(_read(path)[0], _as_json(settings))
+    differences = describe_differences(_read(path / "run.json").get("settings", {}), settings)
     if differences and any((path / "batches").glob("*.npz")):
-        more = f"; {len(differences) - 4} more" if len(differences) > 4 else ""
         raise InputError(
-            f"{path} holds a run with other settings ({'; '.join(differences[:4])}{more}): give those, choose another "
-            "--output_dir, or give --overwrite to delete that run"
+            f"{path} holds a run with other settings ({'; '.join(differences[:4])}): give those, choose another "
+            "--output_dir, or give --overwrite to delete that run; `score.py evaluate` scores images that are there"
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read settings and environment from `run.json`; both are empty if there is no such file."""
-    file = path / "run.json"
+def _read(file: Path) -> dict[str, Any]:
+    """Read `run.json` or `metrics.json`; return nothing if there is no such file."""
     try:
-        content = json.loads(file.read_text())
-        return dict(content["settings"]), dict(content["environment"])
-    except FileNotFoundError:
-        return {}, {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is damaged ({error!r}): give --overwrite to delete that run") from None
-
-
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))
-
-
-def _clear(path: Path) -> None:
-    """Delete a run's files, and nothing else."""
-    for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
-        for file in path.glob(pattern):
-            file.unlink()
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}): make the run again with --overwrite") from None

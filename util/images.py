@@ -81,13 +81,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def image_grid(images: Sequence[np.ndarray], columns: int = 8, gap: int = 2, min_size: int = 64) -> np.ndarray:
     """Lay out images [H, W, 3] uint8 in rows of `columns`, on white; images below `min_size` pixels are enlarged."""
-    height, width = images[0].shape[:2]
-    scale = max(1, min_size // height)
-    rows, columns = -(-len(images) // columns), min(columns, len(images))
-    cell_height, cell_width = scale * height + gap, scale * width + gap
-    grid = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), 255, np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * cell_height + gap, number % columns * cell_width + gap
-        enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
-        grid[top : top + scale * height, left : left + scale * width] = enlarged
-    return grid
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    scale = max(1, min_size // len(images[0]))
+    cells = np.stack(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = np.pad(cells, ((0, rows * columns - len(cells)), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    _, height, width, _ = cells.shape
+    grid = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    return np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from util.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-PACKAGES = ("torch-fidelity", "numpy", "pillow")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -71,19 +70,15 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 def introduce(device: torch.device, dtype: torch.dtype, world_size: int, *, asked: tuple[str, str]) -> str:
     """Say what computes, and note what a user may not expect who `asked` for this --device and --dtype."""
-    lines = [f"{device.type} ({processor_name(device)}), {dtype_name(dtype)}, world size {world_size}"]
+    line = f"{device.type} ({processor_name(device)}), {dtype_name(dtype)}, world size {world_size}"
     if asked[0] == "auto" and device.type == "cpu" and torch.version.cuda:
-        lines.append(
-            f"note: PyTorch is built for CUDA {torch.version.cuda} and finds no usable GPU, so the CPU computes; "
-            "nvidia-smi shows the GPUs and their driver, which may be too old"
+        return (
+            f"{line}\nnote: PyTorch is built for CUDA {torch.version.cuda} and finds no usable GPU, so the CPU "
+            "computes; nvidia-smi shows the GPUs and their driver, which may be too old"
         )
-    if device.type == "cuda" and asked[1] == "auto" and dtype == torch.float32:
-        lines.append(
-            "note: this GPU does not compute in bfloat16 (its compute capability is below 8.0): --dtype decides"
-        )
-    if device.type == "cpu" and dtype.itemsize == 2 and not computes_in_bfloat16(device):
-        lines.append(f"note: this processor does not compute in {asked[1]}: --dtype float32 is many times faster")
-    return "\n".join(lines)
+    if asked[1] == "auto" and device.type == "cuda" and dtype == torch.float32:
+        return f"{line}\nnote: this GPU's compute capability is below 8.0, without bfloat16: --dtype decides"
+    return line
 
 
 def processor_name(device: torch.device) -> str:
@@ -98,16 +93,10 @@ def processor_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Describe what the rounding of numbers depends on: versions, processor, precision, and a digest of the code."""
-    found = {"torch": str(torch.__version__), "python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):  # a benchmark needs no torch-fidelity
-            found[name] = version(name)
-    if device.type == "cuda":
-        matmul = torch.backends.cuda.matmul
-        found["TF32"] = f"matmul {matmul.allow_tf32}, cuDNN {torch.backends.cudnn.allow_tf32}"
-        found["bfloat16 reductions"] = str(matmul.allow_bf16_reduced_precision_reduction)
-    return {**found, "processor": processor_name(device), "code": code_digest()}
+    """Describe what the rounding of numbers depends on: versions, processor, and a digest of the code."""
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch-fidelity", "numpy", "pillow")}
+    return {**versions, "processor": processor_name(device), "code": code_digest()}
 
 
 def code_digest() -> str:

@@ -7,9 +7,9 @@ reach it and no time limit ends it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -25,8 +25,8 @@ from util.errors import InputError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.05
-SAME_SIGNAL_SECONDS = 1.0  # Ctrl-C reaches a process from the terminal and once more from its launcher
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of other launchers
+GO_ON = "the same command goes on (without --overwrite)"
 
 
 class Stopped(Exception):
@@ -41,19 +41,17 @@ class Job:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        launched = "RANK" in environment
         tasks = next((environment[name] for name in TASK_COUNTS if name in environment), "1")
-        if not launched and tasks != "1":
+        if "RANK" not in environment and tasks != "1":
             raise InputError(
                 f"{tasks} tasks were launched without torchrun, and each would make all images: start one torchrun per "
                 "machine, as examples/slurm.sbatch does, or one task (in an allocation of more, unset SLURM_NTASKS)"
             )
-        numbers = [int(environment.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-        self.rank, self.world_size, self.local_rank = numbers if launched else (0, 1, 0)
-        self._signal, self._signal_time, self._calls, self._queue = 0, 0.0, 0, ""
-        self._store: Any = dist.HashStore()
-        if self.world_size > 1:
-            self._store = self._join(next(dist.rendezvous("env://"))[0])
+        self.rank, self.local_rank = (int(environment.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.world_size = int(environment.get("WORLD_SIZE", 1))
+        self._signal, self._calls, self._queue = 0, 0, ""
+        alone = self.world_size == 1
+        self._store: Any = dist.HashStore() if alone else self._join(next(dist.rendezvous("env://"))[0])
 
     def _join(self, store: Any) -> Any:
         """Return the store under a prefix of this start of the job.
@@ -65,9 +63,7 @@ class Job:
         name = uuid.uuid4().hex
         if self.rank > 0:
             store.set(f"name of {self.rank}", name)
-            while not store.check([f"prefix for {name}"]):
-                time.sleep(POLL_SECONDS)
-            joined = dist.PrefixStore(store.get(f"prefix for {name}").decode(), store)
+            joined = dist.PrefixStore(store.get(f"prefix for {name}").decode(), store)  # waits for rank 0
             joined.add("joined", 1)
             return joined
         joined = dist.PrefixStore(name, store)
@@ -96,18 +92,18 @@ class Job:
 
         So `make` may download a file, whether or not the machines share a disk.
         """
-        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
-            self.barrier()
-        result = make()
-        for _ in range(turn, 3):
+        my_turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
+            if turn == my_turn:
+                result = make()
             self.barrier()
         return result
 
     def claim(self, items: Sequence[T]) -> Iterator[T]:
-        """Yield items of a work queue that all ranks share; end early if the job is to stop."""
+        """Yield items of a work queue that all ranks share. Raises `Stopped` between items."""
         self._queue = self._next_key()
-        while not self._exit_code():
+        while True:
+            self._check()
             position = self._store.add(self._queue, 1) - 1
             if position >= len(items):
                 return
@@ -117,48 +113,41 @@ class Job:
         """Add to the work that is done in the current queue, and return the sum of all ranks."""
         return self._store.add(f"{self._queue}, done", amount)
 
-    def barrier(self, while_waiting: Callable[[], object] = lambda: None) -> None:
-        """Wait until all ranks are here; `while_waiting` is called again and again."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
         key = self._next_key()
         self._store.add(key, 1)
-        self._wait_until(lambda: while_waiting() or self._store.add(key, 0) == self.world_size)
+        self._wait_until(lambda: self._store.add(key, 0) == self.world_size)
 
     def leave(self) -> None:
         """Let rank 0 exit last: where torchrun does not hold the store, it ends with rank 0."""
         self._store.add("leaving", 1)
-        while self.rank == 0 and self._store.add("leaving", 0) < self.world_size:
-            time.sleep(POLL_SECONDS)
+        self._wait_until(lambda: self.rank > 0 or self._store.add("leaving", 0) == self.world_size)
 
     def fail(self, code: int) -> bool:
         """Ask the other ranks to end with this exit code; return False if another rank has done so before."""
-        if self._store.add("failures", 1) > 1:
-            return False
-        self._store.set("exit code", str(code))
+        with contextlib.suppress(dist.DistError):  # the store has gone
+            if self._store.add("failures", 1) > 1:
+                return False
+            self._store.set("exit code", str(code))
         return True
 
-    def check(self) -> None:
-        """Raise `Stopped` if the job is to stop."""
-        if code := self._exit_code():
-            raise Stopped(code)
-
     def on_signal(self, number: int, _: object) -> None:
-        """Handle a signal: the first one stops the job after the batch in hand, a second one ends it at once."""
-        if not self._signal:
-            self._signal, self._signal_time = number, time.monotonic()
-            if self.rank == 0:
-                os.write(2, b"\nfinishing the batch in hand; a second signal ends the run at once\n")
-        elif time.monotonic() - self._signal_time > SAME_SIGNAL_SECONDS:
-            os._exit(128 + number)
+        """Stop the job after the batch in hand."""
+        if self.rank == 0 and not self._signal:
+            os.write(2, b"\nfinishing the batch in hand; SIGQUIT (Ctrl-\\) ends the run at once\n")
+        self._signal = number
 
-    def _exit_code(self) -> int:
-        """Return the exit code of a job that is to stop, 0 for one that goes on."""
+    def _check(self) -> None:
+        """Raise `Stopped` if the job is to stop."""
         if self._signal:
-            return 128 + self._signal
-        return int(self._store.get("exit code")) if self._store.check(["exit code"]) else 0
+            raise Stopped(128 + self._signal)
+        if self._store.check(["exit code"]):
+            raise Stopped(int(self._store.get("exit code")))
 
     def _wait_until(self, condition: Callable[[], object]) -> None:
         while not condition():
-            self.check()
+            self._check()
             time.sleep(POLL_SECONDS)
 
     def _next_key(self) -> str:
@@ -180,31 +169,16 @@ def launch(main: Callable[[Job], object]) -> int:
         job.leave()
         return 0
     except Stopped as stopped:
-        code, reason = stopped.args[0], ""
-        if code > 128 and job and job.rank == 0:
-            print(f"stopped by {signal.Signals(code - 128).name}; to go on: {command_line()}", file=sys.stderr)
+        code = stopped.args[0]
+        by = signal.Signals(code - 128).name if code > 128 else "another rank"
+        reason = f"stopped by {by}; {GO_ON}"
     except InputError as error:
         code, reason = 2, f"error: {error}"
-    except dist.DistError:
-        code, reason = 1, f"error: the connection to the job's other processes is lost; to go on: {command_line()}"
     except Exception:
         code, reason = 1, traceback.format_exc()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    try:
-        is_first = job is None or job.fail(code)
-    except dist.DistError:
-        is_first = True
-    if is_first and reason:
-        print(f"[rank {job.rank}] {reason}" if job and job.rank else reason, file=sys.stderr, flush=True)
+    if job is None or job.fail(code):
+        print(reason, file=sys.stderr, flush=True)
     return code
-
-
-def command_line() -> str:
-    """Return the command that continues this job, as far as a process can know how it was launched."""
-    launcher = "python"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        nodes, local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-        launcher = f"torchrun --nnodes={nodes} --nproc_per_node={local}"
-    return f"{launcher} {shlex.join(argument for argument in sys.argv if argument != '--overwrite')}"
