@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from argparse import BooleanOptionalAction
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -50,7 +51,10 @@ LINE = (
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    methods = {key: options_of(args, *key) for key in product(args.models, args.num_iter)}
+    methods: dict[tuple[str, int], dict[str, Options]] = defaultdict(dict)
+    for model, num_iter, name in product(args.models, args.num_iter, args.method):
+        flags = [f"--model={model}", "--no-score", *method_flags(name, num_iter, args.num_sampling_steps)]
+        methods[model, num_iter][name] = parse_options(flags)
     device = choose_device(args.device)
     environment, results = describe(device), list[Row]()
     title = f"{processor_name(device)}, PyTorch {environment['torch']}"
@@ -130,12 +134,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def options_of(args: argparse.Namespace, model: str, num_iter: int) -> dict[str, Options]:
-    """Return the options of each method. Raises InputError, naming the flag, for a value that does not fit."""
-    flags = {name: method_flags(name, num_iter, args.num_sampling_steps) for name in args.method}
-    return {name: parse_options([f"--model={model}", "--no-score", *of_method]) for name, of_method in flags.items()}
 
 
 # fmt: off

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +53,8 @@ class MARPipeline:
     def __init__(self, model: MAR, vae: AutoencoderKL, preset: Preset) -> None:
         self.model, self.vae, self.preset = model, vae, preset
         self.plan: Plan | None = None
-        self._sampler: Sampler | None = None
-        self._sampler_settings: tuple[Any, ...] = ()
+        # Makes the sampler of a plan and of keyword arguments of `Sampler`, and keeps the last one.
+        self.sampler: Callable[..., Sampler] = lru_cache(maxsize=1)(partial(Sampler, model))
 
     @classmethod
     def from_pretrained(
@@ -86,15 +87,6 @@ class MARPipeline:
             return cls(*load_model(name, device, dtype, **paths, **overrides), PRESETS[name])
         except InputError as error:
             raise ValueError(str(error)) from error
-
-    def sampler(self, plan: Plan, *, temperature: float = 1.0, cuda_graphs: bool = True) -> Sampler:
-        """Return the sampler of a plan; that of the last call if its settings were the same."""
-        settings = plan, temperature, cuda_graphs
-        if self._sampler is None or self._sampler_settings != settings:
-            self._sampler = None  # free its memory first
-            self._sampler = Sampler(self.model, plan, temperature=temperature, cuda_graphs=cuda_graphs)
-            self._sampler_settings = settings
-        return self._sampler
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images [B, 3, H, W] float32, of about [-1, 1], of latents [B, C, h, w] at unit scale."""

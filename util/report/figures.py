@@ -19,9 +19,8 @@ from util.condition_errors import REUSED, ROW_GROUPS
 from util.report.results import Comparison, Row
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS, MARKERS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "osD^vP"
-SHADES = LinearSegmentedColormap.from_list("share of rows that is computed", ["#e3e3e3", BLUE])
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
+SHADES = LinearSegmentedColormap.from_list("share of rows that is computed", ["#e3e3e3", COLOURS[0]])
 WIDTH, DPI = 5.0, 200  # inches and dots per inch: 1000 pixels, which a phone shows at about a third
 STYLE: dict[Any, Any] = {
     "font.size": 11.5,
@@ -41,9 +40,11 @@ def panels(height: float, rows: int, columns: int = 1, **options: Any) -> tuple[
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure's PNG file."""
+def png(figure: Figure, explained: Axes | None = None) -> bytes:
+    """Return a figure's PNG file, with a legend of `explained` below the panels."""
     file = io.BytesIO()
+    if explained is not None:
+        figure.legend(*explained.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
@@ -72,8 +73,7 @@ def frontier(compared: Mapping[str, tuple[Row, Comparison]]) -> bytes:
         axes.minorticks_off()
     by_seconds.set(title="mar_tiny, measured", xlabel="Seconds of sampling per image")
     by_flops.set(title="mar_tiny, by formula", xlabel="GFLOPs per image")
-    figure.legend(*by_flops.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return png(figure)
+    return png(figure, by_flops)
 
 
 def draw_lines(axes: Axes, lines: Mapping[str, Sequence[float]], first: int = 0, **texts: Any) -> None:
@@ -106,8 +106,7 @@ def errors_by_step(found: Mapping[str, Any]) -> bytes:
         lines = {label: policy["by_step"][number] for label, policy in found.items()}
         draw_lines(axes, lines, title=title, ylabel="Relative error", ylim=(0, None))
     guidance.set(xlabel="Step")
-    figure.legend(*guidance.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return png(figure)
+    return png(figure, guidance)
 
 
 def rows_by_step(plans: Mapping[str, Plan], buffer_size: int) -> bytes:
