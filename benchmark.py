@@ -123,10 +123,13 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large square matmuls, the best of a few."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / min(timed(partial(torch.matmul, a, b), device) for _ in range(4))
+    """Return the FLOP/s of large square matmuls, the best of a few; the sizes grow while they are fast."""
+    size, largest, seconds = 128, 8192 if device.type == "cuda" else 1024, 0.0
+    while size < largest and seconds < 0.1:
+        size *= 2
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        seconds = min(timed(partial(torch.matmul, a, b), device) for _ in range(8))
+    return 2 * size**3 / seconds
 
 
 def peak_memory(device: torch.device) -> int:
