@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
 from models import METHODS, PRESETS, MARPipeline, Plan
@@ -24,7 +24,6 @@ from models.lazymar.plan import Step
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
 from util.images import to_pixels
-from util.pipeline import PipelineOutput
 
 SHOWN = 384  # pixels: side of an image on the page, at least
 EXAMPLES = sorted((Path(__file__).parent / "examples" / "fashion_mnist").glob("*.png"))
@@ -36,8 +35,8 @@ ONE_AT_A_TIME = threading.Lock()
 REFRESH, LAZY, REUSED = (31, 78, 140), (90, 150, 210), (215, 215, 215)
 
 
-def run(name: str, label: Any, method: str, cfg: float | None, seed: Any, **images: Any) -> Iterator[Any]:
-    """Yield (plan, number of finished steps, pixels [H, W, 3]) after steps but the last, then the pipeline's output.
+def run(name: str, label: int, method: str, cfg: float | None, seed: int, **images: Any) -> Iterator[Any]:
+    """Yield (plan, number of finished steps, image, text) after each step, then for the finished image.
 
     A thread does the work; it ends when the iterator is closed, at its next step. Raises ValueError for bad input.
     """
@@ -46,27 +45,25 @@ def run(name: str, label: Any, method: str, cfg: float | None, seed: Any, **imag
     def on_step(pipe: MARPipeline, index: int, step: Step, tensors: Mapping[str, Tensor]) -> None:
         if stop.is_set():
             raise InterruptedError
-        if step.stop == pipe.model.seq_len:
-            return  # the output follows
         side = pipe.model.img_size // pipe.model.grid_size
         known = tensors["known"][0].view(pipe.model.grid_size, -1).cpu().numpy().repeat(side, 0).repeat(side, 1)
         pixels = np.where(known[..., None], to_pixels(pipe.decode(tensors["latents"]))[0], 128).astype(np.uint8)
-        events.put((pipe.plan, index + 1, pixels))
+        events.put((pipe.plan, index + 1, pixels, f"step {index + 1}"))
 
     def work() -> None:
         try:
             with ONE_AT_A_TIME:
-                settings = {"method": method or "mar", "cfg": cfg, "seed": whole(seed, "seed"), **images}
-                settings |= {"callback_on_step_end": on_step, "progress": False}
-                events.put(load(name)(whole(label, "class"), **settings))
+                settings = {"method": method or "mar", "cfg": cfg, "seed": seed, **images}
+                output = load(name)(label, **settings, callback_on_step_end=on_step, progress=False)
+            costs = f"{output.seconds:.1f} s, {output.flops.total / 1e9:,.1f} GFLOPs, {len(output.plan)} steps"
+            events.put((output.plan, len(output.plan), output.images[0], costs))
+            events.put(None)
         except Exception as error:
             events.put(error)
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        event: Any = None
-        while not isinstance(event, PipelineOutput):
-            event = events.get()
+        for event in iter(events.get, None):
             if isinstance(event, Exception):
                 raise event
             yield event
@@ -74,22 +71,11 @@ def run(name: str, label: Any, method: str, cfg: float | None, seed: Any, **imag
         stop.set()
 
 
-def whole(value: Any, name: str) -> int:
-    if value is not None and value == int(value) >= 0:
-        return int(value)
-    raise ValueError(f"{name} must be a whole number of at least 0, not {value}")
-
-
 def enlarge(pixels: Any) -> Image.Image:
+    """Return an image of about `SHOWN` pixels or more."""
     pixels = np.asarray(pixels)
     scale = -(-SHOWN // len(pixels))
     return Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
-
-
-def describe(output: PipelineOutput) -> str:
-    full = sum(step.refresh for step in output.plan)
-    cost = f"{output.seconds:.1f} s, {output.flops.total / 1e9:,.1f} GFLOPs"
-    return f"{cost}, {len(output.plan)} steps, {full} of which compute everything"
 
 
 def draw_rows(plan: Plan, done: int) -> Image.Image:
@@ -104,20 +90,19 @@ def draw_rows(plan: Plan, done: int) -> Image.Image:
 
 
 def read_editor(value: Mapping[str, Any] | None, size: int) -> dict[str, Any]:
-    """Return the image and the mask of Gradio's editor; an enlarged image is reduced to `size` pixels again.
+    """Return the image and the mask of Gradio's editor in `size` x `size` pixels, cropped to a square if need be.
 
     Raises ValueError without an image.
     """
     if not value or value.get("background") is None:
         raise ValueError("choose or upload an image, and paint over the part that is to be made anew")
-    image = np.asarray(value["background"].convert("RGB"))
-    mask = np.any([np.asarray(layer.convert("RGBA"))[..., 3] > 0 for layer in value["layers"]], axis=0)
-    mask = np.broadcast_to(mask, image.shape[:2])
-    scale = max(1, len(image) // size)
-    if image.shape[:2] == (scale * size, scale * size):
-        image = image.reshape(size, scale, size, scale, 3).mean(axis=(1, 3)).round().astype(np.uint8)
-        mask = mask.reshape(size, scale, size, scale).any(axis=(1, 3))
-    return {"image": image, "mask_image": mask}
+    painted = Image.new("L", value["background"].size)
+    for layer in value["layers"]:
+        painted = ImageChops.lighter(painted, layer.convert("RGBA").getchannel("A"))
+    image, mask = (
+        ImageOps.fit(each, (size, size), Image.Resampling.BOX) for each in (value["background"].convert("RGB"), painted)
+    )
+    return {"image": image, "mask_image": np.asarray(mask) > 0}
 
 
 def make_page() -> Any:
@@ -125,21 +110,18 @@ def make_page() -> Any:
 
     picture = partial(gr.Image, buttons=["download"])
 
-    def make(name, label, method, cfg, seed, beside, editor=False):
+    def make(name, label, method, cfg, seed, beside, *editor):
         lines = []
         yield None, None, None, ""
         try:
-            images = {} if editor is False else read_editor(editor, PRESETS[name].architecture["img_size"])
+            if label is None or seed is None:
+                raise ValueError("class and seed must be whole numbers")
+            images = read_editor(editor[0], PRESETS[name].architecture["img_size"]) if editor else {}
             for place, chosen in enumerate([method, "mar"] if beside else [method]):
-                for event in run(name, label, chosen, cfg, seed, **images):
-                    if isinstance(event, PipelineOutput):
-                        plan, done, pixels, figures = event.plan, len(event.plan), event.images[0], describe(event)
-                    else:
-                        plan, done, pixels = event
-                        figures = f"step {done} of {len(plan)}"
-                    line = "\n\n".join([*lines, f"**{chosen}**: {figures}"])
+                for plan, done, image, text in run(name, label, chosen, cfg, seed, **images):
+                    line = "\n\n".join([*lines, f"**{chosen}**: {text}"])
                     shown = [gr.skip(), gr.skip(), draw_rows(plan, done) if place == 0 else gr.skip(), line]
-                    shown[place] = enlarge(pixels)
+                    shown[place] = enlarge(image)
                     yield shown
                 lines.append(line)
         except ValueError as error:
@@ -149,10 +131,10 @@ def make_page() -> Any:
         gr.Markdown(ABOUT)
         with gr.Row():
             name = gr.Dropdown(list(PRESETS), value="mar_tiny", label="Model")
-            label = gr.Number(7, label="Class")
+            label = gr.Number(7, label="Class", precision=0, minimum=0)
             method = gr.Dropdown(list(METHODS), value="fast", label="Method", allow_custom_value=True)
             cfg = gr.Number(PRESETS["mar_tiny"].cfg, label="CFG scale")
-            seed = gr.Number(0, label="Seed")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             beside = gr.Checkbox(False, label="Baseline beside it")
         name.change(lambda name: PRESETS[name].cfg, name, cfg, api_visibility="private")
         for title in ("Generate", "Inpaint"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import shutil
@@ -42,9 +41,9 @@ class Page:
             if message.get("id") == self.number:
                 return message["result"]
 
-    async def run(self, script: str, wait: bool = False) -> Any:
-        """The value of a JavaScript expression, or of the promise that it is."""
-        result = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=wait)
+    async def run(self, script: str) -> Any:
+        """The value of a JavaScript expression."""
+        result = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
         return result["result"].get("value")
 
     async def wait(self, script: str, seconds: float = 60) -> Any:
@@ -55,10 +54,6 @@ class Page:
             await asyncio.sleep(0.1)
         return value
 
-    async def screenshot(self, path: Path) -> None:
-        picture = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(picture["data"]))
-
 
 @contextlib.asynccontextmanager
 async def open_page(address: str, profile: Path) -> AsyncIterator[Page]:
@@ -67,11 +62,10 @@ async def open_page(address: str, profile: Path) -> AsyncIterator[Page]:
 
     command = [find_browser(), *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
     browser = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    port_file = profile / "DevToolsActivePort"
     try:
-        port_file = profile / "DevToolsActivePort"
-        for _ in range(300):
-            if port_file.exists() and port_file.read_text().count("\n"):
-                break
+        while not (port_file.exists() and port_file.read_text().count("\n")):
+            assert browser.poll() is None, "Chromium has ended"
             await asyncio.sleep(0.1)
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as listed:

@@ -18,7 +18,6 @@ from models import (
     count_flops,
     create_model,
     find_method,
-    mar_schedule,
     sample_tokens,
 )
 from models.methods import stages_of_positions
@@ -43,10 +42,8 @@ def stages(*wanted: int) -> Tensor:
 MASKS = {
     "left half": left_half(64),
     "one known": ~all_but(9),
-    "one missing": all_but(9),
     "few missing": all_but(0, 9, 10, 11, 63),
     "first stage": stages(0),
-    "first stages": stages(0, 1),
     "last stages": stages(1, 2),
     "last stage": stages(2),
 }
@@ -82,12 +79,11 @@ def test_known_tokens_begin_every_method(name: str, mask: Tensor) -> None:
     assert (tokens[:, ~mask.flatten()] != given[:, ~mask.flatten()]).all()
 
 
-@pytest.mark.parametrize("name", ["disa", "gtr", "recap", "recap+gtr", "lazymar+disa", "lazymar+lateguidance"])
+@pytest.mark.parametrize("name", ["disa", "recap+gtr", "lazymar+lateguidance"])
 def test_other_methods_and_several_images(name: str) -> None:
-    for model, batch in (MODEL, 1), (SMALL, 3):
-        changes = {"num_iter": (3, 2, 2)} if "gtr" in name else {}
-        result, expected = sample_both(name, left_half(model.seq_len), model, batch, **changes)
-        assert relative_error(result, expected) < 1e-9
+    changes = {"num_iter": (3, 2, 2)} if "gtr" in name else {}
+    result, expected = sample_both(name, left_half(SMALL.seq_len), SMALL, 3, **changes)
+    assert relative_error(result, expected) < 1e-9
 
 
 POLICIES = [
@@ -104,17 +100,6 @@ POLICIES = [
 def test_any_cache_policy(fields: dict, cfg: float) -> None:
     result, expected = sample_both("mar", MASKS["left half"], cache=CachePolicy(**fields), cfg=cfg, batch=2)
     assert relative_error(result, expected) < 1e-9
-
-
-@pytest.mark.parametrize("change", ["other latents", "other mask"])
-def test_the_result_depends_on_what_is_known(change: str) -> None:
-    mask, latents = MASKS["left half"], known_latents(MODEL, 1)
-    noise, settings = ImageNoise(MODEL, 5, [0], 21), short_settings("mar")
-    first = sample_tokens(MODEL, LABELS[:1], **settings, known=(latents, mask), noise=noise)
-    mask, latents = (mask, 1.01 * latents) if change == "other latents" else (mask.T, latents)
-    second = sample_tokens(MODEL, LABELS[:1], **settings, known=(latents, mask), noise=noise)
-    right = ~(MASKS["left half"] | mask)
-    assert relative_error(second[..., right], first[..., right]) > 1e-7
 
 
 def test_a_mask_without_known_tokens_changes_nothing() -> None:
@@ -163,8 +148,3 @@ BAD_KNOWN = [
 def test_what_cannot_be_known_is_refused(mask: Tensor, shape: tuple[int, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sample_tokens(MODEL, LABELS[:1], known=(torch.zeros(shape), mask))
-
-
-def test_mars_schedule_can_begin_with_known_tokens() -> None:
-    schedule = mar_schedule(64, num_iter=9, known=(3, 4))
-    assert schedule.seq_len == 64 and sum(step.num_tokens for step in schedule.steps) == 62

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -41,33 +40,25 @@ def pipe(folder) -> MARPipeline:
 # From labels to images
 
 
-@pytest.mark.parametrize(("first", "method"), [(0, "lazymar"), (2, "fast")])
-def test_the_pngs_are_those_of_eval(first, method, folder, pipe, tmp_path):
+@pytest.mark.parametrize("method", ["lazymar", "fast"])
+def test_the_pngs_are_those_of_eval(method, folder, pipe, tmp_path):
     settings = {} if method == "fast" else {"num_iter": 6, "num_sampling_steps": 4}
     shorter = [f"--{name}={value}" for name, value in settings.items()]
     flags = f"--model mar_tiny --num_images 4 --eval_bsz 2 --class_labels 7,2 --method {method} --seed 3"
     flags += f" --dtype float32 --resume {folder} --vae_path {folder / 'vae.safetensors'} --no-score"
     flags += f" --output_dir {tmp_path / 'run'}"
     assert launch(lambda job: program.evaluate(job, parse_options([*flags.split(), *shorter])) and 0) == 0
-    numbers = [first, first + 1]
-    images = pipe([7, 2], method=method, seed=3, image_numbers=numbers, progress=False, **settings).images
-    for number, image in zip(numbers, images):
-        written, file = io.BytesIO(), tmp_path / "run" / "images" / f"{number:06d}.png"
-        image.save(written, format="PNG")
-        assert written.getvalue() == file.read_bytes() == encode_png(np.array(image))
+    images = pipe([7, 2], method=method, seed=3, image_numbers=[2, 3], progress=False, **settings).images
+    for number, image in zip([2, 3], images):
+        assert encode_png(np.array(image)) == (tmp_path / "run" / "images" / f"{number:06d}.png").read_bytes()
 
 
 def test_output_types_agree(pipe):
     outputs = {kind: pipe([7, 2], output_type=kind, **QUICK).images for kind in ("pil", "np", "pt", "latent")}
-    assert outputs["np"].shape == (2, 32, 32, 3) and outputs["pt"].shape == (2, 3, 32, 32)
-    assert outputs["latent"].shape == (2, 2, 16, 16) and 0 <= outputs["np"].min() <= outputs["np"].max() <= 1
+    assert outputs["np"].shape == (2, 32, 32, 3) and outputs["latent"].shape == (2, 2, 16, 16)
     assert np.array_equal(outputs["np"], outputs["pt"].permute(0, 2, 3, 1).numpy())
     assert np.array_equal(np.stack(outputs["pil"]), (outputs["np"] * 255).round().astype(np.uint8))
-    images = (pipe.decode(outputs["latent"]) / 2 + 0.5).clamp(0, 1)
-    assert torch.equal(images, outputs["pt"])
-
-
-def test_each_label_gets_as_many_images_as_asked_for(pipe):
+    assert torch.equal((pipe.decode(outputs["latent"]) / 2 + 0.5).clamp(0, 1), outputs["pt"])
     several = pipe([7, 2], num_images_per_label=2, output_type="latent", **QUICK).images
     assert torch.equal(several, pipe([7, 7, 2, 2], output_type="latent", **QUICK).images)
     assert torch.equal(pipe(7, output_type="latent", **QUICK).images, pipe([7], output_type="latent", **QUICK).images)
@@ -75,27 +66,25 @@ def test_each_label_gets_as_many_images_as_asked_for(pipe):
 
 def test_the_same_call_again_is_warm(pipe):
     first = pipe([7, 2], method="lazymar", **QUICK)
-    sampler = pipe.sampler(first.plan)
+    sampler = pipe.sampler(first.plan, temperature=1.0)
     assert sampler.is_warm(2)
     second = pipe([7, 2], method="lazymar", seed=1, **QUICK)
-    assert pipe.sampler(first.plan) is sampler and second.images[0] != first.images[0]
+    assert pipe.sampler(first.plan, temperature=1.0) is sampler and second.images[0] != first.images[0]
     assert second.flops == count_flops(pipe.model, "lazymar", cfg=5.0, num_iter=6, num_sampling_steps=4)
     pipe([7, 2], method="mar", **QUICK)
-    assert pipe.sampler(first.plan) is not sampler
+    assert pipe.sampler(first.plan, temperature=1.0) is not sampler
 
 
 def test_a_callback_sees_tokens_become_known_and_can_end_the_call(pipe):
     seen = []
 
     def look(pipe, index, step, tensors):
-        seen.append((index, step.stop, tensors["known"].sum(dim=1).tolist(), tensors["latents"]))
-        unknown = ~tensors["known"]
-        assert (pipe.model.patchify(tensors["latents"])[unknown] == 0).all()
+        assert index == len(seen) and tensors["known"].sum(dim=1).tolist() == [step.stop, step.stop]
+        assert (pipe.model.patchify(tensors["latents"])[~tensors["known"]] == 0).all()
+        seen.append(tensors["latents"])
 
     made = pipe([7, 2], callback_on_step_end=look, output_type="latent", **QUICK).images
-    assert [index for index, *_ in seen] == list(range(6))
-    assert all(counts == [stop, stop] for _, stop, counts, _ in seen) and seen[-1][1] == 256
-    assert torch.equal(seen[-1][3], made)
+    assert len(seen) == 6 and torch.equal(seen[-1], made)
 
     def stop(pipe, index, step, tensors):
         raise KeyboardInterrupt
@@ -108,9 +97,9 @@ def test_a_callback_sees_tokens_become_known_and_can_end_the_call(pipe):
 # Inpainting
 
 
-@pytest.mark.parametrize("method", ["mar", "lazymar", "gtr", "fast"])
+@pytest.mark.parametrize("method", ["lazymar", "fast"])
 def test_pixels_outside_the_mask_are_the_originals(pipe, method):
-    settings = {"progress": False} if method in ("gtr", "fast") else QUICK
+    settings = {"progress": False} if method == "fast" else QUICK
     out = pipe([7, 2], image=Image.fromarray(PICTURE), mask_image=Image.fromarray(RIGHT), method=method, **settings)
     for image in out.images:
         assert np.array_equal(np.array(image)[RIGHT == 0], PICTURE[RIGHT == 0])
@@ -135,46 +124,37 @@ def test_images_and_masks_come_in_many_forms(pipe):
     masks = [RIGHT > 0, RIGHT / 255, torch.from_numpy(RIGHT), torch.from_numpy(RIGHT)[None, None], RIGHT[..., None]]
     for image, mask in [*((image, RIGHT) for image in images), *((PICTURE, mask) for mask in masks)]:
         assert pipe([7, 2], image=image, mask_image=mask, **QUICK).images == expected
-
-
-def test_each_label_may_have_an_image(pipe):
-    both = [PICTURE, PICTURE[::-1]]
-    images = pipe([7, 2], image=both, mask_image=RIGHT, num_images_per_label=2, **QUICK).images
-    for image, original in zip(images, [both[0], both[0], both[1], both[1]]):
+    several = [PICTURE, PICTURE[::-1]]
+    images = pipe([7, 2], image=several, mask_image=RIGHT, num_images_per_label=2, **QUICK).images
+    for image, original in zip(images, [several[0], several[0], several[1], several[1]]):
         assert np.array_equal(np.array(image)[RIGHT == 0], original[RIGHT == 0])
 
 
 # Bad input
 
 BAD_CALLS = [
-    ("labels must be class numbers from 0 to 9, not", {"labels": [7, 10]}),
+    ("labels must be class numbers from 0 to 9, and", {"labels": [7, 10]}),
     ("labels must be class numbers", {"labels": [0.5]}),
-    ("labels must be class numbers", {"labels": []}),
+    ("num_images_per_label at least 1", {"num_images_per_label": 0}),
     ("method 'foo' is unknown", {"method": "foo"}),
     ("cfg must be a finite number of at least 1", {"cfg": 0.5}),
-    ("num_iter must be 1 to", {"num_iter": 0}),
     ("output_type must be one of pil, np, pt, latent, not 'jpg'", {"output_type": "jpg"}),
-    ("num_images_per_label must be at least 1", {"num_images_per_label": 0}),
     ("image_numbers must be 1 numbers, not 2", {"image_numbers": [0, 1]}),
-    ("image and mask_image must be given together", {"image": PICTURE}),
-    ("image and mask_image must be given together", {"mask_image": RIGHT}),
-    ("image must be 32 x 32 pixels, the model's image size, not 28 x 30", {"image": PICTURE[:30, :28]}),
-    ("image must have 3 channels", {"image": PICTURE[..., 0]}),
+    ("image and mask_image must be given together", {"mask_image": None}),
+    ("image must be 32 x 32 pixels, the model's image size, as a tensor", {"image": PICTURE[:30, :28]}),
+    ("image must be 32 x 32 pixels", {"image": PICTURE[..., 0]}),
     ("image must be one for all labels or one for each, not 2", {"image": [PICTURE, PICTURE]}),
-    ("integers from 0 to 255, or floats from 0 to 1", {"image": PICTURE.astype(float)}),
-    ("mask_image must be 32 x 32 pixels, the model's image size, not 28 x 30", {"mask_image": RIGHT[:30, :28]}),
-    ("mask_image must be one mask", {"mask_image": PICTURE}),
-    ("mask_image is empty", {"mask_image": np.zeros((32, 32))}),
-    ("mask_image is full", {"mask_image": np.ones((32, 32))}),
+    ("image must hold integers from 0 to 255, or floats from 0 to 1", {"image": PICTURE.astype(float)}),
+    ("mask_image must be 32 x 32 pixels", {"mask_image": PICTURE}),
+    ("mask_image must be white where", {"mask_image": np.zeros((32, 32))}),
+    ("leave some tokens out", {"mask_image": np.ones((32, 32))}),
 ]
 
 
-@pytest.mark.parametrize(("said", "changes"), BAD_CALLS, ids=lambda value: str(value)[:40] if value else None)
+@pytest.mark.parametrize(("said", "changes"), BAD_CALLS, ids=[said for said, _ in BAD_CALLS])
 def test_bad_calls_are_one_sentence(pipe, said, changes):
-    needs_both = {"image": PICTURE, "mask_image": RIGHT} if "together" not in said else {}
-    images = needs_both if {"image", "mask_image"} & changes.keys() else {}
     with pytest.raises(ValueError, match=said) as caught:
-        pipe(**{"labels": [7], **QUICK, **images, **changes})
+        pipe(**{"labels": [7], "image": PICTURE, "mask_image": RIGHT, **QUICK, **changes})
     assert "\n" not in str(caught.value)
 
 
@@ -182,7 +162,6 @@ def test_bad_calls_are_one_sentence(pipe, said, changes):
     ("said", "arguments"),
     [
         ("unknown preset 'mar_giant': choose from mar_base", {"name_or_path": "mar_giant"}),
-        ("unknown preset 'mar_giant'", {"name_or_path": "somewhere.pth", "preset": "mar_giant"}),
         ("no weights for mar_tiny: nowhere.pth does not exist", {"name_or_path": "nowhere.pth", "preset": "mar_tiny"}),
     ],
 )

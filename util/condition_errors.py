@@ -1,24 +1,31 @@
-"""How much a cache policy changes the conditions that the head gets: a direct measure, without the head's noise.
+"""What reusing features changes, without the head's noise: errors of the conditions, and how similar steps are.
 
-Teacher forcing: baseline and policy get the same tokens, those of a baseline run, and their conditions are compared
-step by step. It needs a few dozen images, no statistics file and no decoded image.
+Teacher forcing: baseline and policy get the same tokens, those of a baseline run, and are compared step by step. It
+needs a few dozen images, no statistics file and no decoded image.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models import MAR, CachePolicy, Plan, Sampler, Schedule, make_plan
+from models import MAR, CachePolicy, Sampler, Schedule, make_plan
 from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.plan import Step
 from models.lazymar.transformer import Transformer
 from util.jackknife import Spread
+
+PAPER = CachePolicy()
+ROW_GROUPS = ("tokens predicted at the step before", "tokens predicted at this step", "all other rows")
+REUSED = ("difference between the branches reused", "unconditional branch itself reused")
 
 
 class Teacher(NamedTuple):
@@ -36,22 +43,6 @@ class Teacher(NamedTuple):
     spread: float
 
 
-class ConditionErrors(NamedTuple):
-    """Errors of a policy's conditions [S, B], by step and image: means over the tokens that the step predicts.
-
-    conditional: length of the error of the conditional branch's condition, relative to the teacher's `spread`.
-    guidance:    length of the error of conditional minus unconditional, relative to its own; nan without guidance.
-    """
-
-    conditional: np.ndarray
-    guidance: np.ndarray
-
-    def means(self, first_step: int = 0) -> list[Spread]:
-        """Return the means of both from a step on, with standard errors over the images."""
-        per_image = [np.nanmean(errors[first_step:], axis=0) for errors in self]
-        return [Spread(float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))) for each in per_image]
-
-
 @torch.inference_mode()
 def make_teacher(model: MAR, schedule: Schedule, class_labels: Tensor, seed: int = 0) -> Teacher:
     """Sample images 0, 1, ... of classes [B] with the baseline, and keep their tokens and conditions."""
@@ -62,33 +53,38 @@ def make_teacher(model: MAR, schedule: Schedule, class_labels: Tensor, seed: int
     conditional = torch.cat([each[: len(class_labels)] for each in conditions], dim=1).flatten(0, 1).double()
     spread = (conditional - conditional.mean(dim=0)).square().sum(dim=-1).mean().sqrt().item()
     positions = sampler.positions(noise.orders.to(sampler.device))
+    class_labels = class_labels.to(sampler.device)
     return Teacher(schedule, class_labels, positions, torch.cat(tokens, dim=1), list(conditions), spread)
 
 
 @torch.inference_mode()
-def condition_errors(model: MAR, plan: Plan, teacher: Teacher) -> ConditionErrors:
-    """Compare the conditions that a plan computes with the teacher's, given the teacher's tokens.
+def condition_errors(model: MAR, teacher: Teacher, policy: CachePolicy) -> np.ndarray:
+    """Return errors [2, S, B] of a policy's conditions, by step and image: means over the tokens of the step.
 
-    Raises ValueError if the plan has another schedule than the teacher, or no lazy step.
+    The first are lengths of the conditional branch's error, relative to the teacher's `spread`; the second those of the
+    guidance direction's (conditional minus unconditional), relative to its own length, nan without guidance.
     """
-    if plan.schedule != teacher.schedule:
-        raise ValueError("the teacher was sampled with another schedule than the plan's: make one for this schedule")
-    if all(step.refresh for step in plan):
-        raise ValueError("the plan has no lazy step, so there is no error to measure: choose another cache policy")
+    plan = make_plan(teacher.schedule, policy, buffer_size=model.buffer_size)
     num_images = len(teacher.class_labels)
     transformer = Transformer(model, plan, num_images)
-    transformer.begin(teacher.class_labels.to(teacher.positions.device), teacher.positions)
-    tokens, conditional, guidance = teacher.tokens.to(model.mask_token.dtype), [], []
+    transformer.begin(teacher.class_labels, teacher.positions)
+    tokens, errors = teacher.tokens.to(model.mask_token.dtype), []
     for step, expected in zip(plan, teacher.conditions):
         found, expected = transformer(step, tokens).double(), expected.double()
-        error = (found - expected)[:num_images].norm(dim=-1).mean(dim=1) / teacher.spread
-        conditional.append(error.cpu().numpy())
-        relative = torch.full_like(error, math.nan)
+        conditional = (found - expected)[:num_images].norm(dim=-1).mean(dim=1) / teacher.spread
+        guidance = torch.full_like(conditional, math.nan)
         if step.cfg > 1:
             ours, theirs = (each[:num_images] - each[num_images:] for each in (found, expected))
-            relative = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).mean(dim=1)
-        guidance.append(relative.cpu().numpy())
-    return ConditionErrors(np.stack(conditional), np.stack(guidance))
+            guidance = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).mean(dim=1)
+        errors.append(torch.stack([conditional, guidance]))
+    return torch.stack(errors, dim=1).cpu().numpy()
+
+
+def mean_errors(errors: np.ndarray) -> list[Spread]:
+    """Return the means of both errors [2, S, B] over the steps and images, with standard errors over the images."""
+    per_image = np.nanmean(errors, axis=1)
+    standard_errors = per_image.std(axis=1, ddof=1) / math.sqrt(per_image.shape[1])
+    return [Spread(*pair) for pair in zip(per_image.mean(axis=1).tolist(), standard_errors.tolist())]
 
 
 def measure_policies(
@@ -98,11 +94,60 @@ def measure_policies(
     measured: dict[CachePolicy, dict[str, Any]] = {}
     for policy in tqdm({policy for group in policies.values() for policy in group.values()}, desc="condition errors"):
         plan = make_plan(teacher.schedule, policy, buffer_size=model.buffer_size)
-        errors = condition_errors(model, plan, teacher)
+        errors = condition_errors(model, teacher, policy)
         measured[policy] = {
-            "means": errors.means(),
-            "by_step": [np.nanmean(each, axis=1).tolist() for each in errors],
+            "means": mean_errors(errors),
+            "by_step": np.nanmean(errors, axis=2).tolist(),
             "refresh_steps": [step.index for step in plan if step.refresh],
             "flops": Flops.of_steps(flops_per_step(model, plan)).total,
         }
     return {name: {label: measured[policy] for label, policy in group.items()} for name, group in policies.items()}
+
+
+@torch.inference_mode()
+def measure_redundancy(model: MAR, teacher: Teacher) -> dict[str, list[list[float]]]:
+    """Compare each step of the baseline, given the teacher's tokens, with earlier ones.
+
+    Returns means over images and rows:
+        change: [S - 1, 3] by step and `ROW_GROUPS`: 1 - cosine similarity of the prune layer's values to the step
+                before.
+        errors: [D, 2] by distance in steps and `REUSED`: relative error of the unconditional branch's output.
+    """
+    plan, num_images = make_plan(teacher.schedule, buffer_size=model.buffer_size), len(teacher.class_labels)
+    classes = torch.cat([model.class_emb(teacher.class_labels), model.fake_latent.expand(num_images, -1)])
+    tokens, positions = teacher.tokens.to(classes.dtype).repeat(2, 1, 1), teacher.positions.repeat(2, 1)
+    seen, change, errors = dict[str, Tensor](), [], defaultdict(list)
+    earlier: deque[tuple[Tensor, Tensor]] = deque(maxlen=PAPER.refresh_interval)  # values and outputs, the latest first
+    pruning = model.decoder_blocks[min(PAPER.prune_layer, len(model.decoder_blocks) - 1)].attn
+    values_hook = pruning.register_forward_hook(lambda _, inputs, __: seen.update(values=inputs[1].chunk(2, -1)[1]))
+    output_hook = model.decoder_blocks[-1].register_forward_hook(lambda _, __, output: seen.update(output=output))
+    with values_hook, output_hook:
+        for step in plan:
+            model(classes, tokens[:, : step.start], positions)
+            values = seen["values"][:num_images].unflatten(-1, (pruning.num_heads, -1))
+            if earlier:
+                changed = 1 - F.cosine_similarity(values, earlier[0][0], dim=-1).mean(dim=(0, 2))
+                groups = row_groups(step, model.buffer_size, plan.num_rows)
+                change.append([changed[groups == group].mean().item() for group in range(len(ROW_GROUPS))])
+            for distance, (_, output) in enumerate(earlier):
+                errors[distance].append(reuse_errors(step, seen["output"], output, model.buffer_size))
+            earlier.appendleft((values, seen["output"]))
+    means = [torch.cat(found, dim=1).mean(dim=1).tolist() for found in errors.values()]
+    return {"change": change, "errors": means}
+
+
+def row_groups(step: Step, buffer_size: int, num_rows: int) -> Tensor:
+    """Return the index [R] in `ROW_GROUPS` of each row at a step."""
+    groups = torch.full((num_rows,), 2)
+    groups[buffer_size + step.previous_start : buffer_size + step.start] = 0
+    groups[buffer_size + step.start : buffer_size + step.stop] = 1
+    return groups
+
+
+def reuse_errors(step: Step, output: Tensor, earlier: Tensor, buffer_size: int) -> Tensor:
+    """Return relative errors [2, n] of the unconditional output of the rows predicted now, for each of `REUSED`."""
+    predicted = slice(buffer_size + step.start, buffer_size + step.stop)
+    conditional, unconditional = output[:, predicted].chunk(2)
+    old_conditional, old_unconditional = earlier[:, predicted].chunk(2)
+    reused = torch.stack([conditional + old_unconditional - old_conditional, old_unconditional])
+    return ((reused - unconditional).norm(dim=-1) / unconditional.norm(dim=-1)).flatten(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,19 +29,16 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class PipelineOutput(NamedTuple):
-    """What a call of the pipeline returns.
+    """What a call of the pipeline returns. Its `images` are of the `output_type`:
 
-    images:  a list of PIL images; or floats from 0 to 1, an array [B, H, W, 3] or a tensor [B, 3, H, W]; or latents
-             [B, C, h, w] at unit scale.
-    plan:    what was computed at each step.
-    flops:   FLOPs of sampling one image, without the VAE.
-    seconds: of the whole batch, with the VAE.
+    "pil" a list of PIL images, "np" an array [B, H, W, 3] and "pt" a tensor [B, 3, H, W], both of floats from 0 to 1;
+    "latent" latents [B, C, h, w] at unit scale.
     """
 
     images: Any
-    plan: Plan
-    flops: Flops
-    seconds: float
+    plan: Plan  # what was computed at each step
+    flops: Flops  # of sampling one image, without the VAE
+    seconds: float  # of the whole batch, with the VAE
 
 
 Callback = Callable[["MARPipeline", int, Step, Mapping[str, Tensor]], object]
@@ -50,18 +48,13 @@ class MARPipeline:
     """A model and its VAE, ready to make images. The sampler of the last call is kept, so that the same call is warm.
 
     `plan` is that of the last call, or of the call that is going on.
-
-    Args:
-        model:  the network.
-        vae:    the autoencoder whose latents it makes.
-        preset: describes both.
     """
 
     def __init__(self, model: MAR, vae: AutoencoderKL, preset: Preset) -> None:
         self.model, self.vae, self.preset = model, vae, preset
         self.plan: Plan | None = None
-        self._sampler: Sampler | None = None
-        self._sampler_settings: tuple[Any, ...] = ()
+        # Makes the sampler of a plan and of keyword arguments of `Sampler`, and keeps the last one.
+        self.sampler: Callable[..., Sampler] = lru_cache(maxsize=1)(partial(Sampler, model))
 
     @classmethod
     def from_pretrained(
@@ -88,22 +81,12 @@ class MARPipeline:
         """
         name = str(name_or_path) if preset is None else preset
         if name not in PRESETS:
-            path = " or, for a path to weights, give preset= too" if preset is None else ""
-            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}{path}")
+            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}; a path needs preset= too")
         paths = {"weights": None if preset is None else name_or_path, "vae_weights": vae_path}
         try:
             return cls(*load_model(name, device, dtype, **paths, **overrides), PRESETS[name])
         except InputError as error:
             raise ValueError(str(error)) from error
-
-    def sampler(self, plan: Plan, *, temperature: float = 1.0, cuda_graphs: bool = True) -> Sampler:
-        """Return the sampler of a plan; that of the last call if its settings were the same."""
-        settings = plan, temperature, cuda_graphs
-        if self._sampler is None or self._sampler_settings != settings:
-            self._sampler = None  # free its memory first
-            self._sampler = Sampler(self.model, plan, temperature=temperature, cuda_graphs=cuda_graphs)
-            self._sampler_settings = settings
-        return self._sampler
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images [B, 3, H, W] float32, of about [-1, 1], of latents [B, C, h, w] at unit scale."""
@@ -161,13 +144,7 @@ class MARPipeline:
         start = time.perf_counter()
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, not {num_images_per_label}")
-        class_labels = torch.as_tensor(labels).reshape(-1).cpu()
-        classes, is_integer = range(self.model.class_num), class_labels.dtype in (torch.int32, torch.int64)
-        if not (len(class_labels) and is_integer and all(label in classes for label in class_labels.tolist())):
-            raise ValueError(f"labels must be class numbers from 0 to {classes[-1]}, not {labels}")
-        class_labels = class_labels.long().repeat_interleave(num_images_per_label)
+        class_labels = self._read_labels(labels, num_images_per_label)
         numbers = range(len(class_labels)) if image_numbers is None else image_numbers
         if len(numbers) != len(class_labels):
             raise ValueError(f"image_numbers must be {len(class_labels)} numbers, not {len(numbers)}")
@@ -175,8 +152,9 @@ class MARPipeline:
             raise ValueError("image and mask_image must be given together")
         known = latents = None
         if image is not None:
-            original = self._read_images(image, len(class_labels), num_images_per_label)
-            repainted, known = self._read_mask(mask_image)
+            original, repainted, known = self._read_inpainting(
+                image, mask_image, len(class_labels), num_images_per_label
+            )
             latents = self.encode(original)
         cfg = self.preset.cfg if cfg is None else cfg
         plan = with_settings(self.model, method, settings).plan(
@@ -186,12 +164,11 @@ class MARPipeline:
         with tqdm(total=len(plan), disable=not progress, unit="step") as bar:
             follow = self._follow(bar, callback_on_step_end, len(class_labels), latents, known)
             noise = sampler.noise(seed, numbers)
-            made = retry_eagerly(sampler, sampler, class_labels, noise, follow, latents)
-        if not made.isfinite().all():
+            images = retry_eagerly(sampler, sampler, class_labels, noise, follow, latents)
+        if not images.isfinite().all():
             raise ValueError("the latents are not finite: try dtype=torch.float32, or other weights")
-        images: Any = made
         if output_type != "latent":
-            images = retry_eagerly(sampler, self.decode, made)
+            images = retry_eagerly(sampler, self.decode, images)
             if image is not None:
                 images = torch.where(repainted.to(images.device), images, original.to(images.device))
             images = as_type(images, output_type)
@@ -202,75 +179,71 @@ class MARPipeline:
         self, bar: tqdm, callback: Callback | None, num_images: int, latents: Tensor | None, known: Tensor | None
     ) -> Callable[[SampledStep], None]:
         """Return a function that counts each step, and calls the callback with what is known after it."""
-        model = self.model
-        shape = num_images, model.seq_len
-        is_known = torch.zeros(shape, dtype=torch.bool) if known is None else known.flatten().repeat(num_images, 1)
-        is_known = is_known.to(model.mask_token.device)
-        tokens = torch.zeros(*shape, model.token_dim, device=is_known.device)
-        if latents is not None:
-            tokens = model.patchify(latents).float() * is_known[..., None]
+        model, device = self.model, self.model.mask_token.device
+        is_known = torch.zeros(num_images, model.seq_len, dtype=torch.bool, device=device)
+        tokens = torch.zeros(num_images, model.seq_len, model.token_dim, device=device)
+        if latents is not None and known is not None:
+            is_known |= known.to(device)
+            tokens = model.patchify(latents) * is_known[..., None]
 
         def on_step(sampled: SampledStep) -> None:
             bar.update()
             if callback is not None:
-                positions = sampled.positions
-                is_known.scatter_(1, positions, True)
-                tokens.scatter_(1, positions[..., None].expand_as(sampled.tokens), sampled.tokens.to(tokens.dtype))
+                is_known.scatter_(1, sampled.positions, True)
+                positions = sampled.positions[..., None].expand_as(sampled.tokens)
+                tokens.scatter_(1, positions, sampled.tokens.to(tokens.dtype))
                 tensors = {"latents": model.unpatchify(tokens), "known": is_known.clone()}
                 callback(self, sampled.step.index, sampled.step, tensors)
 
         return on_step
 
-    def _read_images(self, image: Any, batch_size: int, repeats: int) -> Tensor:
-        """Return the images to inpaint as [B, 3, H, W] in [-1, 1]."""
-        images = torch.cat([as_images(each) for each in (image if isinstance(image, (list, tuple)) else [image])])
-        self._check_size(images, "image")
-        if len(images) not in (1, batch_size // repeats):
-            raise ValueError(f"image must be one for all labels or one for each, not {len(images)} images")
-        images = images.repeat_interleave(repeats, dim=0) if len(images) > 1 else images.repeat(batch_size, 1, 1, 1)
-        return 2 * images - 1
+    def _read_labels(self, labels: int | Sequence[int] | Tensor, repeats: int) -> Tensor:
+        """Return the class [B] of each image, with `repeats` images of each label."""
+        found = torch.as_tensor(labels).reshape(-1).cpu().repeat_interleave(max(0, repeats))
+        classes = range(self.model.class_num)
+        is_integer = found.dtype in (torch.int32, torch.int64)
+        if not (is_integer and len(found) and set(found.tolist()) <= set(classes)):
+            limits = f"class numbers from 0 to {classes[-1]}, and num_images_per_label at least 1"
+            raise ValueError(f"labels must be {limits}, not {labels} and {repeats}")
+        return found.long()
 
-    def _read_mask(self, mask_image: Any) -> tuple[Tensor, Tensor]:
-        """Return which pixels are repainted, [H, W], and which tokens they do not touch, [L]."""
-        white = unit_scale(np.asarray(mask_image.convert("L")) if isinstance(mask_image, Image.Image) else mask_image)
-        white = (white.squeeze() if white.ndim > 2 else white) >= 0.5
-        if white.ndim != 2:
-            raise ValueError(f"mask_image must be one mask [H, W] for all images, not {list(white.shape)}")
-        self._check_size(white, "mask_image")
-        if not white.any():
-            raise ValueError("mask_image is empty: paint what is to be repainted white")
-        touched = F.max_pool2d(white[None].float(), self.model.img_size // self.model.grid_size).flatten() > 0
-        if touched.all():
-            raise ValueError("mask_image is full: leave some tokens out, or leave image and mask_image out")
-        return white, ~touched
-
-    def _check_size(self, images: Tensor, name: str) -> None:
-        size, (height, width) = self.model.img_size, images.shape[-2:]
-        if (height, width) != (size, size):
-            raise ValueError(f"{name} must be {size} x {size} pixels, the model's image size, not {width} x {height}")
+    def _read_inpainting(
+        self, image: Any, mask_image: Any, batch_size: int, repeats: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return images [B, 3, H, W] in [-1, 1], masks of the repainted pixels [H, W] and of the known tokens [L]."""
+        size, num_labels = self.model.img_size, batch_size // repeats
+        several = image if isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4 else [image]
+        if len(several) not in (1, num_labels):
+            raise ValueError(f"image must be one for all labels or one for each, not {len(several)} images")
+        images = torch.stack([read_pixels(each, "image", (3, size, size)) for each in several])
+        images = images.expand(num_labels, -1, -1, -1).repeat_interleave(repeats, dim=0)
+        white = read_pixels(mask_image, "mask_image", (size, size)) >= 0.5
+        touched = F.max_pool2d(white[None].float(), size // self.model.grid_size).flatten() > 0
+        if touched.all() or not touched.any():
+            raise ValueError("mask_image must be white where the image is repainted, and leave some tokens out")
+        return 2 * images - 1, white, ~touched
 
 
-def unit_scale(values: Any) -> Tensor:
-    """Return an array's or a tensor's values as float32 from 0 to 1; integers are from 0 to 255.
+def read_pixels(image: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return an image of shape [3, H, W], or a mask of shape [H, W], as float32 from 0 to 1.
 
-    Raises ValueError for floats of another range.
+    Args:
+        image: a PIL image, an array whose channels come last, or a tensor whose channels come first.
+        name:  of the argument, for the ValueError about another shape or range.
     """
-    values = torch.as_tensor(np.array(values) if not isinstance(values, Tensor) else values.detach().cpu())
-    scaled = values.float() if values.is_floating_point() or values.dtype == torch.bool else values.float() / 255
-    if not (scaled.numel() and scaled.min() >= 0 and scaled.max() <= 1):
-        raise ValueError("image and mask_image must hold integers from 0 to 255, or floats from 0 to 1")
-    return scaled
-
-
-def as_images(image: Any) -> Tensor:
-    """Return a PIL image, an array [H, W, 3] or [N, H, W, 3], or a tensor [3, H, W] or [N, 3, H, W], as floats
-    [N, 3, H, W] from 0 to 1. Raises ValueError for another shape or range."""
-    values = unit_scale(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    values = values if values.ndim == 4 else values[None]
-    if not isinstance(image, Tensor) and values.ndim == 4:
-        values = values.permute(0, 3, 1, 2)
-    if values.ndim != 4 or values.shape[1] != 3:
-        raise ValueError(f"image must have 3 channels, [H, W, 3] or as a tensor [3, H, W], not {list(image.shape)}")
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB" if len(shape) == 3 else "L"))
+    values = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if len(shape) == 2:
+        values = values.squeeze()
+    elif values.ndim == 3 and not isinstance(image, Tensor):
+        values = values.permute(2, 0, 1)
+    if values.shape != shape:
+        pixels = f"{shape[-1]} x {shape[-2]} pixels, the model's image size"
+        raise ValueError(f"{name} must be {pixels}, as a tensor {list(shape)}, not {list(values.shape)}")
+    values = values.float() if values.is_floating_point() or values.dtype == torch.bool else values.float() / 255
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"{name} must hold integers from 0 to 255, or floats from 0 to 1")
     return values
 
 

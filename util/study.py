@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from models import CachePolicy, find_method
 from models.lazymar.selection import RULES
@@ -15,7 +15,10 @@ SMALL_MODEL = "mar_tiny"  # the model of the comparison of methods
 TABLE_METHODS = ("mar", "lazymar")
 COMPOSITIONS = ("lazymar+disa", "lazymar+gtr", "lazymar+disa+lateguidance", "lazymar+gtr+lateguidance")
 METHODS_COMPARED = (*TABLE_METHODS, "disa", "gtr", "recap", *COMPOSITIONS, "fast")
-ABLATION_IMAGES = 20
+
+
+# One setting of LazyMAR is varied, and the others keep the paper's values. The head's cache changes no condition.
+PAPER, ALL_ROWS = CachePolicy(), ((0, 1.0),)
 
 
 def rows_kept(factor: float) -> CachePolicy:
@@ -24,8 +27,6 @@ def rows_kept(factor: float) -> CachePolicy:
     return CachePolicy(kept_fractions=fractions, min_margin=int(factor * PAPER.min_margin))
 
 
-# One setting of LazyMAR is varied, and the others keep the paper's values. The head's cache changes no condition.
-PAPER, ALL_ROWS = CachePolicy(), ((0, 1.0),)
 ABLATIONS = {
     "caches": {
         "both": PAPER,
@@ -60,56 +61,43 @@ def method_flags(method: str, num_iter: int, num_sampling_steps: int) -> list[st
     return ["--method", method, *(f"--{name}={count}" for name, count in steps.items() if name not in own)]
 
 
-class Study:
-    """The evaluations that a command of `reproduce.py` asks for.
+def runs_of(args: argparse.Namespace) -> dict[tuple[str, str], Options]:
+    """Return the options of each evaluation that the page shows, by model and method; `--models` says which are made.
 
-    table:     options by model and method, of all models.
-    methods:   options of mar_tiny by method.
-    ablations: cache policies by ablation and label.
-
-    Raises InputError for an unknown method, and for an ablation without a lazy step.
+    Raises InputError for an unknown method.
     """
+    asked = [(model, method) for model in dict.fromkeys([*MAR_MODELS, *args.models]) for method in TABLE_METHODS]
+    asked += [(SMALL_MODEL, method) for method in args.method]
+    return {(model, method): options_of(args, model, method) for model, method in asked}
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        models = dict.fromkeys([*MAR_MODELS, *args.models])
-        self.table = {(model, name): self.options(model, name) for model in models for name in TABLE_METHODS}
-        self.methods = {name: self.options(SMALL_MODEL, name) for name in args.method}
-        self.ablations = {name: ABLATIONS[name] for name in args.ablations}
-        for name, group in self.ablations.items():
-            for label, policy in group.items():
-                if all(policy.is_refresh(step, args.num_iter) for step in range(args.num_iter)):
-                    raise InputError(
-                        f"--ablations {name}: with {label}, none of {args.num_iter} steps is lazy: leave it out, or "
-                        "raise --num_iter"
-                    )
 
-    def runs(self) -> Iterator[Options]:
-        """Yield the options of each evaluation of `--models`, each once."""
-        for model in self.args.models:
-            runs = [self.table[model, name] for name in TABLE_METHODS]
-            if model == SMALL_MODEL:
-                runs += self.methods.values()
-            yield from {options.output_dir: options for options in runs}.values()
+def options_of(args: argparse.Namespace, model: str, method: str) -> Options:
+    """Return the options of an evaluation, in a folder named by its method."""
+    is_small = model == SMALL_MODEL
+    # Statistics and further scores go with one kind of features: the official models', unless they are left out.
+    is_meant = not is_small or args.models == [SMALL_MODEL]
+    flags = {
+        "model": model,
+        "num_images": args.num_images or (2_000 if is_small else 50_000),
+        "eval_bsz": args.eval_bsz or (25 if is_small else 128),
+        "seed": args.seed,
+        "device": args.device,
+        "dtype": args.dtype,
+        "inception_weights": None if is_small else args.inception_weights,
+        "statistics": args.statistics if is_meant else None,
+        "output_dir": args.output_dir / model / method,
+    }
+    switches = [f"--{metric}" for metric in args.metrics if is_meant and method in TABLE_METHODS]
+    switches += ["--overwrite"] * args.overwrite + ["--no-score"] * args.dry_run
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return parse_options([*given, *switches, *method_flags(method, args.num_iter, args.num_sampling_steps)])
 
-    def options(self, model: str, method: str) -> Options:
-        """Return the options of an evaluation, in a folder named by its method."""
-        args, is_small = self.args, model == SMALL_MODEL
-        # Statistics and further scores go with one kind of features: the official models', unless they are left out.
-        is_meant = not is_small or args.models == [SMALL_MODEL]
-        flags = {
-            "model": model,
-            "num_images": args.num_images or (2_000 if is_small else 50_000),
-            "eval_bsz": args.eval_bsz or (25 if is_small else 128),
-            "seed": args.seed,
-            "device": args.device,
-            "dtype": args.dtype,
-            "inception_weights": None if is_small else args.inception_weights,
-            "statistics": args.statistics if is_meant else None,
-            "output_dir": args.output_dir / model / method,
-        }
-        switches = [f"--{metric}" for metric in args.metrics if is_meant and method in TABLE_METHODS]
-        switches += ["--overwrite"] * args.overwrite + ["--no-score"] * args.dry_run
-        given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        steps = method_flags(method, args.num_iter, args.num_sampling_steps)
-        return parse_options([*given, *switches, *steps])
+
+def ablations_of(names: Sequence[str], num_iter: int) -> dict[str, dict[str, CachePolicy]]:
+    """Return the policies of ablations. Raises InputError if one of them has no lazy step."""
+    for name in names:
+        for label, policy in ABLATIONS[name].items():
+            if all(policy.is_refresh(step, num_iter) for step in range(num_iter)):
+                too_few = f"with {label}, none of {num_iter} steps is lazy"
+                raise InputError(f"--ablations {name}: {too_few}: leave it out, or raise --num_iter")
+    return {name: ABLATIONS[name] for name in names}

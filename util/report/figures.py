@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator
-from PIL import Image
+from matplotlib.ticker import LogLocator
 
 from models import Plan
-from util.redundancy import REUSED, ROW_GROUPS
+from util.condition_errors import REUSED, ROW_GROUPS
 from util.report.results import Comparison, Row
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS, MARKERS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "osD^vP"
-SHADES = LinearSegmentedColormap.from_list("share of rows that is computed", ["#e3e3e3", BLUE])
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
+SHADES = LinearSegmentedColormap.from_list("share of rows that is computed", ["#e3e3e3", COLOURS[0]])
 WIDTH, DPI = 5.0, 200  # inches and dots per inch: 1000 pixels, which a phone shows at about a third
 STYLE: dict[Any, Any] = {
     "font.size": 11.5,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": "#dddddd",
     "legend.frameon": False,
 }
@@ -45,11 +40,12 @@ def panels(height: float, rows: int, columns: int = 1, **options: Any) -> tuple[
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure's PNG file, with a palette: a plot has few colours, and the page becomes half as large."""
-    drawing, file = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawing, format="png", dpi=DPI)
-    Image.open(drawing).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+def png(figure: Figure, explained: Axes | None = None) -> bytes:
+    """Return a figure's PNG file, with a legend of `explained` below the panels."""
+    file = io.BytesIO()
+    if explained is not None:
+        figure.legend(*explained.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
@@ -59,40 +55,45 @@ def frontier(compared: Mapping[str, tuple[Row, Comparison]]) -> bytes:
     A dashed line joins the methods that no other method beats in both.
     """
     figure, [[by_seconds], [by_flops]] = panels(7.6, 2)
-    points: dict[Any, list[tuple[float, float]]] = {by_seconds: [], by_flops: []}
-    for number, (name, (row, comparison)) in enumerate(compared.items()):
-        colour = COLOURS[(number + number // len(MARKERS)) % len(COLOURS)]
-        style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "mec": "black", "capsize": 2, "ls": ""}
-        for axes, cost in ((by_seconds, row.seconds), (by_flops, row.flops / 1e9)):
-            if cost is not None:
-                axes.errorbar(cost, *comparison.fid, label=name, **style)
-                points[axes].append((cost, comparison.fid.value))
-    for axes, of_axes in points.items():
-        costs, fids = np.array(sorted(of_axes)).reshape(-1, 2).T
-        best = fids == np.minimum.accumulate(fids)
-        axes.plot(costs[best], fids[best], color="black", lw=1.2, ls="--", zorder=1)
+    for axes, costs in (
+        (by_seconds, [row.seconds for row, _ in compared.values()]),
+        (by_flops, [row.flops / 1e9 for row, _ in compared.values()]),
+    ):
+        points = [(cost, comparison.fid.value) for cost, (_, comparison) in zip(costs, compared.values())]
+        for number, (name, (_, comparison)) in enumerate(compared.items()):
+            colour = COLOURS[(number + number // len(MARKERS)) % len(COLOURS)]
+            look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "mec": "black", "ls": ""}
+            axes.errorbar(costs[number], *comparison.fid, label=name, capsize=2, **look)
+        cost, fid = np.array(sorted(points)).T
+        best = fid == np.minimum.accumulate(fid)
+        axes.plot(cost[best], fid[best], color="black", lw=1.2, ls="--", zorder=1)
         axes.set(xscale="log", ylabel="FID* (lower is better)")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     by_seconds.set(title="mar_tiny, measured", xlabel="Seconds of sampling per image")
     by_flops.set(title="mar_tiny, by formula", xlabel="GFLOPs per image")
-    figure.legend(*by_flops.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return png(figure)
+    return png(figure, by_flops)
+
+
+def draw_lines(axes: Axes, lines: Mapping[str, Sequence[float]], first: int = 0, **texts: Any) -> None:
+    """Draw lines by their labels; their points are numbered from `first` on."""
+    for (label, line), colour, marker in zip(lines.items(), COLOURS, MARKERS):
+        axes.plot(range(first, first + len(line)), line, color=colour, marker=marker, ms=4, label=label)
+    axes.set(**texts)
 
 
 def redundancy(found: Mapping[str, Any]) -> bytes:
     """Draw how much rows change from step to step, and the error of reusing one branch of guidance, by distance."""
     figure, [[change], [error]] = panels(7.6, 2)
-    change.set(yscale="log", xlabel="Step, compared with the step before", ylabel="1 − cosine similarity")
-    change.set_title("Values of the prune layer")
-    error.set(xlabel="Steps since it was computed", ylabel="Relative error", title="Unconditional branch")
-    for axes, lines, labels in ((change, found["change"], ROW_GROUPS), (error, found["errors"], REUSED)):
-        for line, label, colour, marker in zip(zip(*lines), labels, COLOURS, MARKERS):
-            axes.plot(range(1, 1 + len(line)), line, color=colour, marker=marker, ms=4, label=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="best", fontsize=9, frameon=True)
-    error.set_ylim(bottom=0)
+    lines = dict(zip(ROW_GROUPS, zip(*found["change"])))
+    draw_lines(change, lines, 1, title="Values of the prune layer", ylabel="1 − cosine similarity")
+    change.set(yscale="log", xlabel="Step, compared with the step before")
+    lines = dict(zip(REUSED, zip(*found["errors"])))
+    draw_lines(error, lines, 1, title="Unconditional branch", ylabel="Relative error")
+    error.set(ylim=(0, None), xlabel="Steps since it was computed")
+    for axes in (change, error):
+        axes.legend(fontsize=9, frameon=True)
     return png(figure)
 
 
@@ -102,13 +103,10 @@ def errors_by_step(found: Mapping[str, Any]) -> bytes:
     for number, (axes, title) in enumerate(((conditional, "Conditional branch"), (guidance, "Guidance direction"))):
         for step in next(iter(found.values()))["refresh_steps"]:
             axes.axvline(step, color="#bbbbbb", lw=0.8, ls=":")
-        for (label, policy), colour, marker in zip(found.items(), COLOURS, MARKERS):
-            axes.plot(policy["by_step"][number], color=colour, marker=marker, ms=3, label=label)
-        axes.set(title=title, ylabel="Relative error")
-        axes.set_ylim(bottom=0)
+        lines = {label: policy["by_step"][number] for label, policy in found.items()}
+        draw_lines(axes, lines, title=title, ylabel="Relative error", ylim=(0, None))
     guidance.set(xlabel="Step")
-    figure.legend(*guidance.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return png(figure)
+    return png(figure, guidance)
 
 
 def rows_by_step(plans: Mapping[str, Plan], buffer_size: int) -> bytes:
@@ -136,6 +134,7 @@ def rows_by_step(plans: Mapping[str, Plan], buffer_size: int) -> bytes:
             axes.grid(visible=False)
             axes.label_outer()
     shades = {"computed": SHADES(1.0), "some of these computed": SHADES(0.35), "reused": SHADES(0.0)}
-    patches = [Patch(fc=fc, ec="black", lw=0.5, label=label) for label, fc in {**shades, "not known yet": "w"}.items()]
+    shades["not known yet"] = (1.0, 1.0, 1.0, 1.0)
+    patches = [Patch(fc=colour, ec="black", lw=0.5, label=label) for label, colour in shades.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=2)
     return png(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 LAZYMAR_PAPER, MAR_PAPER = "2503.12450", "2406.11838"  # on arXiv
@@ -24,6 +25,7 @@ class PaperRow(NamedTuple):
     inception_score: float
 
 
+UNKNOWN = PaperRow(*[math.nan] * 7)
 TABLE = {  # (model, method)
     ("mar_base", "mar"): PaperRow(0.47, 28.97, 15.49, 14.653, 1.00, 2.32, 281.1),
     ("mar_base", "lazymar"): PaperRow(0.21, 11.08, 5.54, 5.285, 2.80, 2.45, 281.3),

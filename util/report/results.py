@@ -48,7 +48,7 @@ class Row:
 
 
 class Comparison(NamedTuple):
-    """The first images of a run beside the baseline's of the same seeds, with standard errors.
+    """A run beside the baseline of the same seeds, with standard errors.
 
     intended: share of the images in which the classifier sees the class that was asked for.
     speed_up: of sampling, measured; None if a run was not timed.
@@ -61,15 +61,15 @@ class Comparison(NamedTuple):
     speed_up: float | None
 
 
-def compare(row: Row, baseline: Row, count: int) -> Comparison | None:
-    """Compare the first `count` images of two runs. None if one has not finished, or has fewer images."""
-    if row.folder is None or baseline.folder is None or min(row.num_images, baseline.num_images) < count:
+def compare(row: Row, baseline: Row) -> Comparison | None:
+    """Compare two runs. None if one has not finished, or if they have different numbers of images."""
+    if row.folder is None or baseline.folder is None or row.num_images != baseline.num_images:
         return None
-    labels = np.array(row.folder.labels[:count])
+    labels = np.array(row.folder.labels)
     reference = Statistics.load(row.options.statistics, FEATURES_DIMS[row.options.preset.features])
-    folders = row.folder, baseline.folder
     outputs = [
-        {name: torch.from_numpy(folder.outputs(name)[:count]) for name in ("features", "logits")} for folder in folders
+        {name: torch.from_numpy(folder.outputs(name)) for name in ("features", "logits")}
+        for folder in (row.folder, baseline.folder)
     ]
     is_intended = outputs[0]["logits"].argmax(dim=1).numpy() == labels
 
