@@ -136,6 +136,7 @@ class Method:
                              steps without; time as for `token_schedule`. None: all steps run with guidance.
         unguided_below:      steps whose CFG scale is below this run without guidance.
         lazy_sampling_steps: maximum number of denoising steps at steps that are not refresh steps.
+        temperature:         scale of the noise of the denoising steps; with `SolverSteps`, of the initial noise.
         cache:               the cache policy; with several stages, and with the token schedule "exp", its start step
                              and refresh interval are of 64 steps; with `AnnealedSteps` its head's refresh interval is
                              of 100 denoising steps; with `SolverSteps` its head cache is not used.
@@ -152,6 +153,7 @@ class Method:
     guidance_interval: tuple[float, float] | None = None
     unguided_below: float = 1.0
     lazy_sampling_steps: int | None = None
+    temperature: float = 1.0
     cache: CachePolicy | None = None
 
     def __post_init__(self) -> None:
@@ -318,12 +320,12 @@ def stages_of_positions(seq_len: int, num_stages: int) -> list[int]:
     Raises ValueError, naming num_stages, if the grid cannot be halved so often.
     """
     side = math.isqrt(seq_len)
-    period = 2 ** (num_stages - 1)
-    if side**2 != seq_len or side % period:
+    if side**2 != seq_len or num_stages > side or side % 2 ** (num_stages - 1):
         raise ValueError(
             f"num_stages must be such that 2^(num_stages - 1) divides the side of the token grid, "
             f"{math.sqrt(seq_len):g}, not {num_stages}"
         )
+    period = 2 ** (num_stages - 1)
     diagonals = ((row + column) % period or period for row in range(side) for column in range(side))
     # The lowest bit that is set in a diagonal's number says how often it can be halved.
     return [num_stages - (diagonal & -diagonal).bit_length() for diagonal in diagonals]
@@ -416,9 +418,17 @@ LAZYFRESH = Method(
 # Guidance in a limited interval, known from diffusion models (arXiv 2404.07724); here of the autoregressive steps.
 LATE_GUIDANCE = Method(unguided_below=1.1)
 
-# Our own composition for people who just want images: LazyMAR's caches with half as many refresh steps, GtR's order and
-# chains in 20 steps, and no guidance where it matters little. docs/methods.md says what was tried.
-FAST = GTR.replaced(num_iter=(15, 3, 2), unguided_below=1.2, cache=CachePolicy(refresh_interval=18))
+# Our own composition for people who just want images: GtR's order in 20 steps, the few-step solver, LazyMAR's caches
+# with half as many refresh steps, and no guidance where it matters little. The temperature is the best one for
+# mar_tiny; docs/methods.md has the measurements.
+FAST = Method(
+    num_stages=3,
+    num_iter=(15, 3, 2),
+    num_sampling_steps=SolverSteps(8),
+    unguided_below=1.2,
+    temperature=0.85,
+    cache=CachePolicy(refresh_interval=18),
+)
 
 # eMIGM (arXiv 2503.07197): the settings published for its models, for 16 steps of 8 evaluations of the head. They
 # depend on the model and the number of steps: see `emigm`. The CFG scale is 4 at all guided steps, as in its presets.
@@ -488,7 +498,6 @@ def sample_tokens(
     method: Method | str = "mar",
     cfg: float = 3.25,
     cfg_schedule: str = "linear",
-    temperature: float = 1.0,
     known: tuple[Tensor, Tensor] | None = None,
     **settings: Any,
 ) -> Tensor:
@@ -498,13 +507,14 @@ def sample_tokens(
         method:   a `Method` or its name.
         known:    for inpainting: latents [B, C, h, w] at unit scale, and a BoolTensor of L tokens in row-major order,
                   True where their tokens are kept as they are. The other tokens are sampled, given these.
-        settings: fields of `Method` that replace the method's, such as `num_iter=32` or `cache=CachePolicy()`.
+        settings: fields of `Method` that replace the method's, such as `num_iter=32` or `temperature=0.9`.
 
     The other arguments, the result and the errors are those of `Sampler` and `mar_schedule`.
     """
     latents, mask = known or (None, None)
-    plan = with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule, known=mask)
-    sampler = Sampler(model, plan, temperature=temperature)
+    method = with_settings(model, method, settings)
+    plan = method.plan(model, cfg=cfg, cfg_schedule=cfg_schedule, known=mask)
+    sampler = Sampler(model, plan, temperature=method.temperature)
     return sampler(class_labels, noise, known=latents if plan.schedule.known else None)
 
 

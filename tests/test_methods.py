@@ -93,7 +93,7 @@ def test_unguided_steps_compute_the_unconditional_branch_only_for_later_ones(fie
 
 
 def test_a_printed_plan_shows_every_step() -> None:
-    lines = str(plan_of("fast")).splitlines()
+    lines = str(plan_of("lazymar+gtr", num_iter=(15, 3, 2))).splitlines()
     assert len(lines) == 21 and lines[0].split()[:3] == ["step", "kind", "known"]
     assert lines[-1].split()[:6] == ["19", "lazy", "192", "64", "3.24", "1"] and lines[-1].endswith("20 for 58 tokens")
 

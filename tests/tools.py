@@ -17,6 +17,7 @@ from models import (
     ImageNoise,
     Method,
     Sampler,
+    SolverSteps,
     create_model,
     find_method,
 )
@@ -38,7 +39,8 @@ SHORT = {
     "recap": {"cache": METHODS["recap"].cache, "lazy_sampling_steps": 6},
     "lateguidance": {"unguided_below": 1.4},
 }
-SHORT["fast"] = SHORT["gtr"] | SHORT["lateguidance"] | SHORT["lazymar"]
+SHORT["fast"] = SHORT["lateguidance"] | SHORT["lazymar"]
+SHORT["fast"] |= {"num_stages": 3, "num_iter": (3, 2, 2), "num_sampling_steps": SolverSteps(5)}
 FIELDS = {
     "img_size": 32,
     "vae_stride": 4,

@@ -29,7 +29,7 @@ from util.machine import DTYPES, dtype_name
 from util.metrics import add_metric_flags, metrics_from_flags
 
 # Settings that the images depend on, besides those of the method.
-SETTINGS = ("model", "class_num", "num_images", "class_labels", "cfg", "cfg_schedule", "temperature", "seed")
+SETTINGS = ("model", "class_num", "num_images", "class_labels", "cfg", "cfg_schedule", "seed")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Options:
     method: Method
     cfg: float
     cfg_schedule: str
-    temperature: float
     seed: int
     device: str
     dtype: str
@@ -189,9 +188,7 @@ def _parser(description: str | None) -> Parser:
     add("--eval_bsz", type=number(int, 1), default=128, metavar="N", help="batch size: images sampled together")
     add("--cfg", type=numbers(float, 1), metavar="SCALE,...",
         help="scale of classifier-free guidance, 1 is none; several make a run each (default: the model's)")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, help="how the scale grows with known tokens (default: the model's)")
-    add("--temperature", type=number(float, 0), default=1.0, metavar="X",
-        help="scale of the diffusion head's noise; with a solver, of its initial noise")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, help="growing with the known tokens, or not (default: the model's)")
     add("--seed", type=numbers(int, 0), default=(0,), metavar="SEED,...",
         help="seed of all random numbers; several make a run each (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
@@ -217,7 +214,8 @@ def _parser(description: str | None) -> Parser:
         help=f"{', '.join(METHODS)}, or several joined by +, such as lazymar+disa (default: mar)")
     add("--lazy_mar", action="store_true", default=False, help="sample with LazyMAR's caches: --method lazymar")
     add("--num_stages", type=number(int, 1), metavar="N",
-        help="stages of the order of prediction; 1 is a random order, more halve a checkerboard (default: 1)")
+        help="stages of the order of prediction: 1 is a random order; with 2, a checkerboard's black tokens come "
+             "before its white ones; each further stage halves the first one (default: 1)")
     add("--num_iter", type=_steps_of_stages, metavar="N,...",
         help="autoregressive steps; with several stages a number for each, e.g. 24,6,2 (default: 64)")
     add("--tokens_per_step", type=numbers(int, 1), metavar="N,...",
@@ -226,34 +224,41 @@ def _parser(description: str | None) -> Parser:
     add("--num_sampling_steps", type=_denoising_steps, metavar="N or UPPER:LOWER:SCHEDULE or solver:N",
         help="denoising steps of the head; 50:5:linear falls from 50 to 5 (or: cosine, two-stage, constant, "
              "generation); solver:8 and eMIGM's solver:8:singlestep evaluate the head 8 times (default: 100)")
+    add("--temperature", type=number(float, 0), metavar="X",
+        help="scale of the denoising steps' noise; with a solver, of the initial noise (default: 1)")
     add("--guidance_interval", type=_interval, metavar="T_MIN:T_MAX or none",
         help="guide only the steps that end in this interval of time, which falls from 1 to 0, e.g. 0.1:0.3")
     add("--detailed_tokens", type=_detailed_tokens, metavar="SHARE:N or none",
-        help="share of the last stage's tokens that take more denoising steps, and how many, e.g. 0.1:50")
-    add("--unguided_below", type=number(float, 1), metavar="SCALE", help="lowest CFG scale with guidance (default: 1)")
-    add("--lazy_sampling_steps", type=int, metavar="N", help="most denoising steps at steps that are not refresh steps")
+        help="this share of the last stage's tokens gets N denoising steps, e.g. 0.1:50")
+    add("--unguided_below", type=number(float, 1), metavar="SCALE",
+        help="no guidance at steps whose CFG scale is below this (default: 1)")
+    add("--lazy_sampling_steps", type=int, metavar="N", help="maximum number of denoising steps at lazy steps")
 
     add = parser.add_argument_group("caches", "settings of a method that caches; the defaults are LazyMAR's",
                                     argument_default=SUPPRESS).add_argument
     add("--start_step", type=_steps_or_fraction, metavar="N or FRACTION",
-        help="steps before this one are refresh steps; below 1: a fraction of all steps (default: 5)")
+        help="steps before this one are refresh steps; below 1: a fraction of all steps; with stages or the token "
+             "schedule exp, scaled from 64 steps (default: 5)")
     add("--refresh_interval", type=number(int, 1), metavar="N",
-        help="from then on, one step in this many is a refresh step; of 64 with stages or exp (default: 9)")
+        help="from then on, one step in this many is a refresh step; scaled likewise (default: 9)")
     add("--refresh_steps", type=numbers(int, 0), metavar="STEP,...", help="the refresh steps, in place of these two")
     add("--prune_layer", type=number(int, 0), metavar="N",
-        help="decoder block after whose attention only the least similar rows are recomputed (default: 3)")
+        help="decoder block that chooses rows: from its attention on only these are recomputed (default: 3)")
     add("--kept_fractions", type=_step_fractions, metavar="STEP:FRACTION,...",
-        help="recomputed fraction, from each step of 64 on (default: 0:1,20:0.6,21:0.5,25:0.4,30:0.15,35:0.12,40:0.05)")
+        help="from this step of 64 on, recompute this fraction of the rows (default: "
+             "0:1,20:0.6,21:0.5,25:0.4,30:0.15,35:0.12,40:0.05)")
     add("--min_margin", type=number(int, 0), metavar="N",
-        help="fewest recomputed rows, besides those predicted at this and the last step (default: 15)")
+        help="minimum number of rows to recompute besides the tokens predicted at this and the previous step "
+             "(default: 15)")
     add("--selection", choices=RULES,
         help="recompute rows whose values (similarity), keys or inputs (outputs) changed most, or random rows "
              "(default: similarity)")
     add("--head_refresh_interval", type=_steps_or_fraction, metavar="N or FRACTION",
-        help="one in this many denoising steps runs the whole head; of 100 if their number falls (default: 7)")
+        help="one in this many denoising steps runs the whole head; below 1: a fraction of the chain; scaled from 100 "
+             "steps if their number falls (default: 7)")
     add("--head_skipped_blocks", type=numbers(int, 0), metavar="N,...", help="head blocks to skip (default: 1,2,3,4)")
     add("--head_warmup", type=number(float, 0, 1), metavar="X",
-        help="above this fraction of the denoising steps the other head blocks are computed (default: 0.9)")
+        help="the other head blocks are computed in the first 1 - X of the denoising steps (default: 0.9)")
     add("--condition_interval", type=number(int, 1), metavar="N",
         help="every so many steps after a refresh step, both branches are computed (default: at refresh steps only)")
     add("--token_cache", action=BooleanOptionalAction, help="reuse the features of most tokens (default: on)")

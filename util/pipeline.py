@@ -105,7 +105,6 @@ class MARPipeline:
         method: Method | str = "mar",
         cfg: float | None = None,
         cfg_schedule: str = "linear",
-        temperature: float = 1.0,
         seed: int = 0,
         image_numbers: Sequence[int] | None = None,
         num_images_per_label: int = 1,
@@ -128,7 +127,6 @@ class MARPipeline:
             method:               a `Method` or its name, such as "lazymar" or "fast".
             cfg:                  scale of classifier-free guidance; default: the preset's.
             cfg_schedule:         "linear" or "constant".
-            temperature:          scale of the denoising steps' noise.
             seed:                 of all random numbers.
             image_numbers:        [B] numbers of the images in the run, each with noise of its own; default: 0 to B - 1.
             num_images_per_label: images of each label; they follow one another.
@@ -137,7 +135,7 @@ class MARPipeline:
                                   `tensors["latents"]` [B, C, h, w], which are zero at unknown tokens, and
                                   `tensors["known"]`, a BoolTensor [B, L]. An exception that it raises ends the call.
             progress:             show a progress bar.
-            settings:             fields of `Method` that replace the method's, such as `num_iter=32`.
+            settings:             fields of `Method` that replace the method's, such as `temperature=0.9`.
 
         Raises ValueError, naming the argument, for one that is out of range.
         """
@@ -157,10 +155,9 @@ class MARPipeline:
             )
             latents = self.encode(original)
         cfg = self.preset.cfg if cfg is None else cfg
-        plan = with_settings(self.model, method, settings).plan(
-            self.model, cfg=cfg, cfg_schedule=cfg_schedule, known=known
-        )
-        self.plan, sampler = plan, self.sampler(plan, temperature=temperature)
+        method = with_settings(self.model, method, settings)
+        self.plan = plan = method.plan(self.model, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
+        sampler = self.sampler(plan, temperature=method.temperature)
         with tqdm(total=len(plan), disable=not progress, unit="step") as bar:
             follow = self._follow(bar, callback_on_step_end, len(class_labels), latents, known)
             noise = sampler.noise(seed, numbers)
