@@ -29,7 +29,6 @@ from util.errors import InputError
 from util.extractors import FEATURES_DIMS
 from util.files import atomic_write
 from util.folder import check_folder
-from util.memory import memory_needed
 from util.metrics import Statistics, add_metric_flags, metrics_from_flags
 from util.options import Options
 from util.processes import Job, launch
@@ -41,7 +40,7 @@ from util.weights import find_weights, load_model
 # Share of the matmul rate that sampling reaches, roughly, by bytes per number: small operations cost bfloat16 more.
 SHARES_OF_RATE = {2: 0.3, 4: 0.5, 8: 0.5}
 COSTS = (
-    "model       method                      images refresh lazy    rows  TFLOPs     GB     hours paper: TFLOPs "
+    "model       method                      images refresh lazy    rows  TFLOPs     hours paper: TFLOPs "
     "  code    FID     IS"
 )
 
@@ -117,13 +116,12 @@ def print_costs(runs: list[Options], device: torch.device, dtype: torch.dtype, n
         plan, flops = options.plan, Flops.of_steps(options.flops).total
         kept = [step.num_recomputed for step in plan if not step.refresh]
         rows = f"{kept[0]}-{kept[-1]}" if kept else "all"
-        memory = memory_needed(options.meta_model, plan, options.eval_bsz, dtype)
         hours = flops * options.num_images / rate / num_processes / 3600
         total += hours
         paper = TABLE.get((options.model, options.method_name), UNKNOWN)
         print(
             f"{options.model:11s} {options.method_name:26s} {options.num_images:7,d} {len(plan) - len(kept):7d} "
-            f"{len(kept):4d} {rows:>7s} {flops / 1e12:7.3f} {memory / 1e9:6.2f} {hours:9.2f} {paper.tflops:13.2f} "
+            f"{len(kept):4d} {rows:>7s} {flops / 1e12:7.3f} {hours:9.2f} {paper.tflops:13.2f} "
             f"{paper.counted_tflops:6.2f} {paper.fid:6.2f} {paper.inception_score:6.1f}".replace("nan", "  –"),
             flush=True,
         )
@@ -158,7 +156,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"methods to compare on {SMALL_MODEL}, see eval.py, or none")
     add("--output_dir", type=Path, default=Path("output/reproduce"), metavar="FOLDER", help="folder of runs and page")
     add("--overwrite", action="store_true", help="delete the runs that are there, and make them again")
-    add("--dry_run", action="store_true", help="print plans, FLOPs, memory and estimated times, and write nothing")
+    add("--dry_run", action="store_true", help="print plans, FLOPs and estimated times, and write nothing")
     args = parser.parse_args(argv)
     args.metrics = () if args.dry_run else metrics_from_flags(args)
     args.models = [model for model in PRESETS if model in args.models]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import torch
 
 from util import machine
 from util.errors import InputError
-from util.memory import check_memory, memory_needed
 from util.options import parse_options
 from util.run import Run
 
@@ -48,18 +46,15 @@ def test_pytorch_and_linux_agree_on_this_processor():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that there is one GPU; calling the fixture gives it a name, a compute capability and free memory."""
+    """Pretends that there is one GPU; calling the fixture gives it a name and a compute capability."""
 
-    def pretend(name: str, capability: tuple[int, int], free: float = 0) -> None:
+    def pretend(name: str, capability: tuple[int, int]) -> None:
         for function, answer in {
             "is_available": True,
             "device_count": 1,
             "set_device": None,
             "get_device_name": name,
             "get_device_capability": capability,
-            "mem_get_info": (int(free), int(free)),
-            "memory_reserved": 0,
-            "memory_allocated": 0,
         }.items():
             monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer: answer)
 
@@ -99,28 +94,6 @@ def test_any_edit_of_the_code_changes_its_digest(monkeypatch, tmp_path):
         (tmp_path / "models" / "code.py").write_text(code)
         codes.add(machine.describe(CPU)["code"])
     assert len(codes) == 2
-
-
-# PyTorch's allocation rules, simulated over all steps of MAR-H.
-@pytest.mark.parametrize(
-    ("arguments", "batch_size", "gigabytes"), [("--lazy_mar", 128, 17.0), ("--lazy_mar", 256, 30.0), ("", 128, 9.3)]
-)
-def test_memory_is_estimated(arguments, batch_size, gigabytes):
-    options = parse_options(arguments.split())
-    needed = memory_needed(options.meta_model, options.plan, batch_size, torch.bfloat16)
-    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.05)
-
-
-def test_a_batch_that_cannot_fit_is_refused(gpu):
-    options = parse_options(["--lazy_mar"])
-    for free, refusal in (
-        (18e9, None),
-        (15.5e9, r"needs about 17\.\d GB .*: try --eval_bsz 1\d\d$"),
-        (1.9e9, "smaller"),
-    ):
-        gpu("NVIDIA RTX 4000", (8, 9), free=free)
-        with pytest.raises(InputError, match=refusal) if refusal else contextlib.nullcontext():
-            check_memory(options.meta_model, options.plan, 128, torch.bfloat16, GPU)
 
 
 def test_graphs_are_captured_where_every_rank_has_a_third_full_batch_to_replay_them():

@@ -23,7 +23,7 @@ from util.extractors import FEATURES_DIMS, Extractor, load_extractor
 from util.files import atomic_write, file_digest
 from util.folder import Batch, RunFolder, check_folder, open_folder
 from util.images import encode_png, image_grid
-from util.memory import check_memory, out_of_memory_explained
+from util.memory import out_of_memory_explained
 from util.metrics import Statistics, need_dinov2, score, score_table
 from util.options import Options, describe_method
 from util.processes import GO_ON, Job
@@ -144,7 +144,6 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
     weights = {"the VAE": options.vae_path, options.model: options.resume}
     weights = {what: find_weights(path, what) for what, path in weights.items()}
     batch_size = min(options.eval_bsz, options.num_images)
-    check_memory(options.meta_model, options.plan, batch_size, dtype, device)
     settings = options.settings(device, dtype)
     environment = {"eval_bsz": options.eval_bsz, **machine.describe(device)}
     if not options.overwrite:
