@@ -201,13 +201,13 @@ def test_official_files_load_and_others_are_refused(tmp_path) -> None:
 def test_512_pixels_need_diffusers(monkeypatch) -> None:
     if importlib.util.find_spec("diffusers"):
         with torch.device("meta"):
-            vae = PRESETS["emigm_base_512"].vae_class()
+            vae = PRESETS["emigm_base_512"].make_vae()
         latents, pixels = torch.empty(2, 32, 4, 4, device="meta"), torch.empty(2, 3, 128, 128, device="meta")
         assert decode(vae, latents).shape == pixels.shape and encode(vae, pixels).shape == latents.shape
         assert 323e6 < sum(parameter.numel() for parameter in vae.parameters()) < 324e6
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="pip install diffusers"):
-        PRESETS["emigm_base_512"].vae_class()
+        PRESETS["emigm_base_512"].make_vae()
     with pytest.raises(InputError, match=r"--model of 512 pixels needs .* `pip install diffusers`"):
         parse_options(["--model", "emigm_base_512"])
 
