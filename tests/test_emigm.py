@@ -215,8 +215,8 @@ def test_512_pixels_need_diffusers(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--num_sampling_steps solver:1", "num_sampling_steps must be 2 to 1000 evaluations"),
-        ("--num_sampling_steps solver:8:heun", "must be solver:N or solver:N:multistep|singlestep, not 'heun'"),
+        ("--num_sampling_steps solver:1", "with N from 2 to 1000, not solver:1:multistep"),
+        ("--num_sampling_steps solver:8:heun", "must be solver:N or solver:N:multistep|singlestep with N"),
         ("--num_sampling_steps solver:many", "--num_sampling_steps: invalid"),
         ("--guidance_interval 0.3:0.3", "--guidance_interval must be t_min:t_max with 0 <= t_min < t_max <= 1"),
         ("--guidance_interval 0.3:1.1", "--guidance_interval must be t_min:t_max"),
