@@ -43,7 +43,7 @@ class Preset:
     features: str = "inception"
 
 
-def _architecture(width: int, depth: int, heads: int, head_depth: int, head_width: int, **fields: Any) -> dict:
+def architecture(width: int, depth: int, heads: int, head_depth: int, head_width: int, **fields: Any) -> dict:
     """Return the fields of a model whose encoder and decoder are equally wide and deep, unless `fields` differ."""
     return {
         "img_size": 256,
@@ -62,13 +62,13 @@ def _architecture(width: int, depth: int, heads: int, head_depth: int, head_widt
 
 def _mar(name: str, *sizes: int, cfg: float) -> Preset:
     """Describe a model of the MAR paper."""
-    return Preset(_architecture(*sizes), cfg, checkpoint=ROOT / "mar" / name / "checkpoint-last.pth")
+    return Preset(architecture(*sizes), cfg, checkpoint=ROOT / "mar" / name / "checkpoint-last.pth")
 
 
 def _emigm(size: str, *sizes: int) -> Preset:
     """Describe a model of 256 pixels of eMIGM (arXiv 2503.07197; sizes and settings are from its code)."""
     return Preset(
-        _architecture(*sizes, one_fake_token=True),
+        architecture(*sizes, one_fake_token=True),
         cfg=4.0,
         cfg_schedule="constant",
         checkpoint=ROOT / "emigm" / "256_model" / f"eMIGM_{size}_256_checkpoint.pth",
@@ -79,7 +79,7 @@ def _emigm_512(size: str, *sizes: int) -> Preset:
     """Describe a model of 512 pixels of eMIGM: as many tokens as at 256 pixels, by an autoencoder of stride 32."""
     return replace(
         _emigm(size, *sizes),
-        architecture=_architecture(*sizes, one_fake_token=True, img_size=512, vae_stride=32, vae_embed_dim=32),
+        architecture=architecture(*sizes, one_fake_token=True, img_size=512, vae_stride=32, vae_embed_dim=32),
         checkpoint=ROOT / "emigm" / "512_model" / f"eMIGM_{size}_512_checkpoint.pth",
         make_vae=deep_compression_autoencoder,
         vae_path=ROOT / "vae" / "dc_ae" / "diffusion_pytorch_model.safetensors",
@@ -104,7 +104,7 @@ PRESETS = {
     "emigm_large_512": _emigm_512("large", 1024, 16, 16, 8, 1280),
     # Fashion-MNIST in the paper's token geometry, trained by train.py and shipped.
     "mar_tiny": Preset(
-        _architecture(128, 2, 2, 6, 224, decoder_depth=8, img_size=32, class_num=10, vae_stride=2, vae_embed_dim=2),
+        architecture(128, 2, 2, 6, 224, decoder_depth=8, img_size=32, class_num=10, vae_stride=2, vae_embed_dim=2),
         cfg=5.0,
         checkpoint=ROOT / "mar" / "mar_tiny" / "checkpoint-last.safetensors",
         ema_expected=False,
