@@ -1,8 +1,7 @@
-"""Train a small MAR: first its VAE with `train.py vae`, then the MAR with `train.py mar`.
+"""Train a small MAR, on Fashion-MNIST or on a folder of images with a subfolder for each class.
 
-A training that was stopped continues when the same command is given again. Each training ends by writing its weights as
-safetensors. Any model of `models/presets.py` can be trained on a folder of images with a subfolder for each class.
-docs/training.md gives the reasons for how it is done, and what did not help.
+A training that was stopped continues when the same command is given again. It ends by writing the weights as
+safetensors. docs/training.md gives the reasons for how it is done, and what did not help.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from diffusion.loss import hybrid_loss
 from diffusion.schedule import NUM_TRAIN_STEPS
-from models import MAR, PRESETS, AutoencoderKL, create_model
+from models import MAR, PRESETS, create_model
 from models.presets import MAR_MODELS
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
@@ -39,49 +38,6 @@ FIRST_WEIGHT = 300.0  # weight of the noise-prediction error at that timestep
 FINISH_CONDITION_NOISE = 0.5  # standard deviation of the noise in the conditions at that timestep
 QUERY_KEY_SCALE = 1.2  # of the initial weights; a larger scale makes a row attend to fewer and closer rows
 OUTPUT_SCALE = 0.4  # initial scale of what attention adds to a row
-
-
-def draw(images: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw images of one step: their indices [count] on the CPU; the images in [-1, 1] on the generator's device."""
-    chosen = torch.randint(len(images), (count,), generator=generator, device=generator.device).cpu()
-    return chosen, images[chosen].to(generator.device).float() / 127.5 - 1
-
-
-def train_vae(args: argparse.Namespace) -> None:
-    """Minimize the squared error of the reconstruction, weighted for a Gaussian of `--pixel_std`, plus the KL term."""
-    preset, device = PRESETS[args.model], choose_device(args.device)
-    images, _ = load_images(args.data, preset.architecture["img_size"], args.fashion_mnist)
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKL(**preset.vae).to(device)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        _, x = draw(images, args.batch_size, generator)
-        flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
-        x = torch.where(flip, x.flip(3), x)
-        with mixed_precision(device):
-            posterior = vae.encode(x)
-            decoded = vae.decode(posterior.sample(generator)).float()
-        error = (decoded - x).square().sum(dim=(1, 2, 3)) / (2 * args.pixel_std**2)
-        return (error + posterior.kl()).mean() / x[0].numel()
-
-    optimizer = AdamW(vae.parameters(), betas=BETAS, weight_decay=0.0)
-    fit(vae, [optimizer], loss, args, "vae", args.steps, args.lr)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.inference_mode():
-        batches = [draw(images, 100, generator)[1] for _ in range(20)]
-        std = torch.cat([vae.encode(x).sample(generator) for x in batches]).std().item()
-    rescale_latents(vae, 1 / (preset.latent_scale * std))
-    save_safetensors(vae.state_dict(), args.output_dir / "vae.safetensors", {})
-
-
-@torch.no_grad()
-def rescale_latents(vae: AutoencoderKL, factor: float) -> None:
-    """Multiply the latents by `factor`, in the 1 x 1 convolutions around them: images are reconstructed as before."""
-    channels, (weight, bias) = vae.embed_dim, vae.quant_conv.parameters()
-    weight[:channels] *= factor
-    bias[:channels] *= factor
-    bias[channels:] += 2 * math.log(factor)  # the log variances
-    vae.post_quant_conv.weight /= factor
 
 
 class TrainedMAR(nn.Module):
@@ -180,7 +136,7 @@ def grid_sinusoids(size: int, width: int) -> Tensor:
     return torch.cat([line[:, None].expand(-1, size, -1), line.expand(size, -1, -1)], dim=2).flatten(0, 1)
 
 
-def train_mar(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> None:
     """Train MAR in three phases, each from the averaged weights of the one before.
 
     1. **Context**: the transformer alone learns to predict unknown tokens from known ones by regression, whose gradient
@@ -191,14 +147,14 @@ def train_mar(args: argparse.Namespace) -> None:
     With `--start_from`, the weights of an earlier training replace the first phase.
     """
     if not hasattr(torch.optim, "Muon"):
-        raise InputError(f"train.py mar needs PyTorch 2.9 or later, for torch.optim.Muon: update {torch.__version__}")
+        raise InputError(f"train.py needs PyTorch 2.9 or later, for torch.optim.Muon: update {torch.__version__}")
     preset, device = PRESETS[args.model], choose_device(args.device)
     images, labels = load_images(args.data, preset.architecture["img_size"], args.fashion_mnist)
     torch.manual_seed(args.seed)
     model = create_model(args.model)
     if labels.max() >= model.class_num:
         raise InputError(f"--data {args.data} has {labels.max() + 1} classes, but {args.model} has {model.class_num}")
-    vae = AutoencoderKL(**preset.vae).to(device).requires_grad_(False).eval()
+    vae = preset.make_vae().to(device).requires_grad_(False).eval()
     load_weights(vae, args.vae_path or preset.vae_path, what="the VAE", ignore_prefixes=["loss."])
     if args.start_from:
         load_weights(model, args.start_from, what=args.model)
@@ -210,11 +166,10 @@ def train_mar(args: argparse.Namespace) -> None:
     trained = TrainedMAR(model).to(device)
 
     def loss(generator: torch.Generator, *, with_head: bool = True, finish: bool = False) -> Tensor:
-        chosen, x = draw(images, args.batch_size, generator)
+        chosen = torch.randint(len(images), (args.batch_size,), generator=generator, device=device).cpu()
+        x = images[chosen].to(device).float() / 127.5 - 1
         with mixed_precision(device):
-            posterior = vae.encode(x)
-            moments = (posterior.mean, torch.exp(0.5 * posterior.logvar))
-            mean, std = (model.patchify(preset.latent_scale * moment.float()) for moment in moments)
+            mean, std = (model.patchify(preset.latent_scale * moment.float()) for moment in vae.posterior(x))
             error, *masked = trained(mean, std, labels[chosen].to(device), args.posterior_noise, generator)
             if not with_head:
                 return error
@@ -235,30 +190,24 @@ def train_mar(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    networks = parser.add_subparsers(dest="network", required=True)
-    vae = networks.add_parser("vae", help="train the VAE")
-    mar = networks.add_parser("mar", help="train MAR on the latents of a trained VAE")
     count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-9)
-    for name, sub, steps, lr in [("vae", vae, 2500, 1e-3), ("mar", mar, 3400, 1.5e-3)]:
-        add, folder = sub.add_argument, Path("output") / f"train_{name}"
-        add("--model", choices=sorted(MAR_MODELS), default="mar_tiny", help="model to train")
-        add("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder for each class")
-        add("--fashion_mnist", type=Path, default=FASHION_MNIST, help="folder with Fashion-MNIST's .gz files")
-        add("--output_dir", type=Path, default=folder, help="folder of the training and its weights")
-        add("--steps", type=count, default=steps, help="optimizer steps")
-        add("--batch_size", type=count, default=32, help="images in each step")
-        add("--lr", type=positive, default=lr, help="learning rate")
-        add("--seed", type=natural, default=0, help="seed of the initial weights; batches do not depend on it")
-        add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    vae.add_argument("--pixel_std", type=positive, default=0.08, help="standard deviation of pixels; more is blurrier")
-    add = mar.add_argument
+    add = parser.add_argument
+    add("--model", choices=sorted(MAR_MODELS), default="mar_tiny", help="model to train")
+    add("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder for each class")
+    add("--fashion_mnist", type=Path, default=FASHION_MNIST, help="folder with Fashion-MNIST's .gz files")
+    add("--output_dir", type=Path, default=Path("output/train_mar"), help="folder of the training and its weights")
     add("--vae_path", metavar="FILE", help="weights of the VAE (default: the model's)")
     add("--start_from", metavar="FILE", help="weights of an earlier training, instead of the context phase")
     add("--context_steps", type=natural, default=1000, help="first steps, without the head")
     add("--context_lr", type=positive, default=2e-3, help="learning rate of the first steps")
+    add("--steps", type=count, default=3400, help="steps with the head")
+    add("--lr", type=positive, default=1.5e-3, help="learning rate of the steps with the head")
     add("--finish_steps", type=natural, default=400, help="last steps, at a third of the learning rate")
+    add("--batch_size", type=count, default=32, help="images in each step")
     add("--posterior_noise", type=number(float, 0, 1), default=0.3, help="share of the VAE's noise in the latents")
     add("--head_tokens", type=count, default=128, help="tokens of an image that train the diffusion head in one step")
+    add("--seed", type=natural, default=0, help="seed of the initial weights; batches do not depend on it")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     return parser.parse_args(argv)
 
 
@@ -266,7 +215,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_writable(args.output_dir / "training.pth")
-    {"vae": train_vae, "mar": train_mar}[args.network](args)
+    train(args)
 
 
 if __name__ == "__main__":

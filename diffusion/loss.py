@@ -22,11 +22,7 @@ def _coefficients(device: torch.device) -> Tensor:
 
 
 def hybrid_loss(
-    head: Callable[[Tensor, Tensor, Tensor], Tensor],
-    tokens: Tensor,
-    conditions: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
+    head: Callable[..., Tensor], tokens: Tensor, conditions: Tensor, timesteps: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the noise-prediction error [N] and the bound [N] of `tokens` [N, C] with `noise` [N, C].
 

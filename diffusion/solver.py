@@ -10,7 +10,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +38,9 @@ class SolverSteps:
     rule: str = "multistep"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.evaluations <= NUM_TRAIN_STEPS:
-            raise ValueError(
-                f"num_sampling_steps must be 2 to {NUM_TRAIN_STEPS} evaluations of a solver, such as solver:8, not "
-                f"{self.evaluations}"
-            )
-        if self.rule not in RULES:
-            raise ValueError(f"num_sampling_steps must be solver:N or solver:N:{'|'.join(RULES)}, not {self.rule!r}")
+        if not 2 <= self.evaluations <= NUM_TRAIN_STEPS or self.rule not in RULES:
+            allowed = f"solver:N or solver:N:{'|'.join(RULES)} with N from 2 to {NUM_TRAIN_STEPS}"
+            raise ValueError(f"num_sampling_steps must be {allowed}, not {self}")
 
     def __str__(self) -> str:
         return f"solver:{self.evaluations}:{self.rule}"
@@ -53,27 +48,16 @@ class SolverSteps:
     @property
     def timesteps(self) -> tuple[float, ...]:
         """The timestep of each evaluation, descending: real numbers on the scale of the 1000 of training."""
-        return solution(self).timesteps
-
-
-class Solution(NamedTuple):
-    """What a solver of E evaluations computes, in float64.
-
-    timesteps:      [E], descending.
-    alphas, sigmas: [E] scales of the token and of the noise at each evaluation.
-    weights:        [E, E + 1]; row i has the weights of the initial noise and of the E data predictions, of which the
-                    state after evaluation i is the sum. The last state is the token.
-    """
-
-    timesteps: tuple[float, ...]
-    alphas: np.ndarray
-    sigmas: np.ndarray
-    weights: np.ndarray
+        return tuple(solution(self)[0].tolist())
 
 
 @functools.lru_cache
-def solution(steps: SolverSteps) -> Solution:
-    """Return what a solver computes.
+def solution(steps: SolverSteps) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a solver of E evaluations computes, in float64.
+
+    These are the timesteps [E], descending; alphas and sigmas, the scales [E] of the token and of the noise there; and
+    weights [E, E + 1]. Row i has the weights of the initial noise and of the E data predictions in the state after
+    evaluation i, which is their sum. The last state is the token.
 
     Evaluation i moves from the state `start` to timestep i + 1. The data prediction is taken as linear in log-SNR, with
     the slope between evaluations `other` and i, which is integrated exactly or, unless `exact`, by half the step.
@@ -106,7 +90,7 @@ def solution(steps: SolverSteps) -> Solution:
         slope = (data[i] - data[other]) / (lambdas[i] - lambdas[other]) if i != other else 0
         moved = alphas[i + 1] * (first * data[start] + second * slope)
         states.append(sigmas[i + 1] / sigmas[start] * states[start] + moved)
-    return Solution(tuple(timesteps[:-1].tolist()), alphas[:-1], sigmas[:-1], np.stack(states[1:]))
+    return timesteps[:-1], alphas[:-1], sigmas[:-1], np.stack(states[1:])
 
 
 class _Times:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,9 @@ def timestep_sinusoids(timesteps: Tensor) -> Tensor:
     exponents = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=timesteps.device)
     exponents = -math.log(MAX_PERIOD) * exponents / NUM_FREQUENCIES
     frequencies = exponents.double().exp().float()
-    if timesteps.is_floating_point():
-        angles = timesteps[:, None].double() * frequencies
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-    angles = (timesteps[:, None].float() * frequencies).double()
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+    dtype = torch.float64 if timesteps.is_floating_point() else torch.float32
+    angles = (timesteps[:, None].to(dtype) * frequencies).double()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
 class TimestepEmbedding(nn.Module):
@@ -43,12 +40,11 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp: Any = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embeddings [N, width] of `timesteps` [N], on the weights' device."""
-        weight = next(self.mlp.parameters())
-        return self.mlp(timestep_sinusoids(timesteps).to(weight))
+        return self.mlp(timestep_sinusoids(timesteps).to(self.mlp[0].weight))
 
 
 class ResidualBlock(nn.Module):
@@ -58,12 +54,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
-
-    @property
-    def modulation(self) -> Linear:
-        """The layer that computes shift, scale and gate."""
-        return cast(Linear, self.adaLN_modulation[1])
+        self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -77,12 +68,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
-
-    @property
-    def modulation(self) -> Linear:
-        """The layer that computes shift and scale."""
-        return cast(Linear, self.adaLN_modulation[1])
+        self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -103,9 +89,7 @@ class DiffusionHead(nn.Module):
         self.time_embed = TimestepEmbedding(width)
         self.cond_embed = nn.Linear(condition_dim, width)
         self.input_proj = nn.Linear(token_dim, width)
-        self.res_blocks: Sequence[ResidualBlock] = nn.ModuleList(  # type: ignore[assignment]
-            ResidualBlock(width) for _ in range(depth)
-        )
+        self.res_blocks: Any = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
         self.initialize_weights()
 
@@ -120,10 +104,10 @@ class DiffusionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in [*(block.modulation for block in self.res_blocks), self.final_layer.modulation]:
-            nn.init.zeros_(layer.weight)
+        for modulated in [*self.res_blocks, self.final_layer]:
+            nn.init.zeros_(modulated.adaLN_modulation[1].weight)
         for number in (0, 2):
-            nn.init.normal_(cast(nn.Linear, self.time_embed.mlp[number]).weight, std=0.02)
+            nn.init.normal_(self.time_embed.mlp[number].weight, std=0.02)
         self._pass_noise_through()
 
     @torch.no_grad()
@@ -150,11 +134,3 @@ class DiffusionHead(nn.Module):
         for block in self.res_blocks:
             x = block(x, y)
         return self.final_layer(x, y)
-
-
-class DiffusionLoss(nn.Module):
-    """Holds the head under the name `diffloss.net` that official checkpoints give it."""
-
-    def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.net = DiffusionHead(token_dim, condition_dim, width, depth)

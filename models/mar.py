@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.diffloss import DiffusionLoss
+from models.diffloss import DiffusionHead
 
 
 class Attention(nn.Module):
@@ -135,7 +135,8 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
 
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, decoder_embed_dim))
-        self.diffloss = DiffusionLoss(self.token_dim, decoder_embed_dim, diffloss_w, diffloss_d)
+        head = DiffusionHead(self.token_dim, decoder_embed_dim, diffloss_w, diffloss_d)
+        self.diffloss: Any = nn.ModuleDict({"net": head})  # the official checkpoints' names
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

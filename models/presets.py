@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from models.vae import AutoencoderKL, check_diffusers, deep_compression_autoencoder
+from models.vae import AutoencoderKL, deep_compression_autoencoder
 
 ROOT = Path(__file__).resolve().parents[1] / "pretrained_models"
 
@@ -24,8 +23,8 @@ class Preset:
         cfg_schedule:    its CFG schedule, a key of `models.lazymar.schedule.CFG_SCHEDULES`.
         checkpoint:      file of its weights.
         ema_expected:    the published scores are of EMA weights, and files of other weights circulate.
-        vae:             constructor fields of the VAE that differ from its defaults.
-        vae_class:       makes the VAE's network, with `encode` and `decode`.
+        make_vae:        makes the VAE's network, with `encode` and `decode`; raises ValueError, naming model, if it
+                         needs a package that is not installed.
         vae_path:        file of the VAE's weights.
         latent_scale:    the model's latents are the VAE's times this, which gives them unit variance.
         statistics_path: file of the real images' statistics, for FID.
@@ -37,26 +36,15 @@ class Preset:
     checkpoint: Path
     cfg_schedule: str = "linear"
     ema_expected: bool = True
-    vae: Mapping[str, Any] = field(default_factory=dict)
-    vae_class: Callable[..., nn.Module] = AutoencoderKL
+    make_vae: Callable[[], Any] = AutoencoderKL
     vae_path: Path = ROOT / "vae" / "kl16.ckpt"
     latent_scale: float = 0.2325
     statistics_path: Path = ROOT / "fid_stats" / "adm_in256_stats.npz"
     features: str = "inception"
 
-    def check_packages(self) -> None:
-        """Raise ValueError, naming model, if a package that the VAE needs is not installed."""
-        if self.vae_class is deep_compression_autoencoder:
-            check_diffusers()
 
-    @property
-    def class_num(self) -> int:
-        """Number of classes."""
-        return self.architecture["class_num"]
-
-
-def _architecture(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, Any]:
-    """Return the fields of a published model: encoder and decoder are equally wide and deep."""
+def architecture(width: int, depth: int, heads: int, head_depth: int, head_width: int, **fields: Any) -> dict:
+    """Return the fields of a model whose encoder and decoder are equally wide and deep, unless `fields` differ."""
     return {
         "img_size": 256,
         "class_num": 1000,
@@ -68,18 +56,19 @@ def _architecture(width: int, depth: int, heads: int, head_depth: int, head_widt
         "decoder_num_heads": heads,
         "diffloss_d": head_depth,
         "diffloss_w": head_width,
+        **fields,
     }
 
 
 def _mar(name: str, *sizes: int, cfg: float) -> Preset:
     """Describe a model of the MAR paper."""
-    return Preset(_architecture(*sizes), cfg, checkpoint=ROOT / "mar" / name / "checkpoint-last.pth")
+    return Preset(architecture(*sizes), cfg, checkpoint=ROOT / "mar" / name / "checkpoint-last.pth")
 
 
 def _emigm(size: str, *sizes: int) -> Preset:
     """Describe a model of 256 pixels of eMIGM (arXiv 2503.07197; sizes and settings are from its code)."""
     return Preset(
-        {**_architecture(*sizes), "one_fake_token": True},
+        architecture(*sizes, one_fake_token=True),
         cfg=4.0,
         cfg_schedule="constant",
         checkpoint=ROOT / "emigm" / "256_model" / f"eMIGM_{size}_256_checkpoint.pth",
@@ -88,12 +77,11 @@ def _emigm(size: str, *sizes: int) -> Preset:
 
 def _emigm_512(size: str, *sizes: int) -> Preset:
     """Describe a model of 512 pixels of eMIGM: as many tokens as at 256 pixels, by an autoencoder of stride 32."""
-    preset = _emigm(size, *sizes)
     return replace(
-        preset,
-        architecture={**preset.architecture, "img_size": 512, "vae_stride": 32, "vae_embed_dim": 32},
+        _emigm(size, *sizes),
+        architecture=architecture(*sizes, one_fake_token=True, img_size=512, vae_stride=32, vae_embed_dim=32),
         checkpoint=ROOT / "emigm" / "512_model" / f"eMIGM_{size}_512_checkpoint.pth",
-        vae_class=deep_compression_autoencoder,
+        make_vae=deep_compression_autoencoder,
         vae_path=ROOT / "vae" / "dc_ae" / "diffusion_pytorch_model.safetensors",
         latent_scale=0.3189,
         statistics_path=ROOT / "fid_stats" / "fid_stats_imagenet512_guided_diffusion.npz",
@@ -116,24 +104,11 @@ PRESETS = {
     "emigm_large_512": _emigm_512("large", 1024, 16, 16, 8, 1280),
     # Fashion-MNIST in the paper's token geometry, trained by train.py and shipped.
     "mar_tiny": Preset(
-        architecture={
-            "img_size": 32,
-            "class_num": 10,
-            "vae_stride": 2,
-            "vae_embed_dim": 2,
-            "encoder_embed_dim": 128,
-            "encoder_depth": 2,
-            "encoder_num_heads": 2,
-            "decoder_embed_dim": 128,
-            "decoder_depth": 8,
-            "decoder_num_heads": 2,
-            "diffloss_d": 6,
-            "diffloss_w": 224,
-        },
+        architecture(128, 2, 2, 6, 224, decoder_depth=8, img_size=32, class_num=10, vae_stride=2, vae_embed_dim=2),
         cfg=5.0,
         checkpoint=ROOT / "mar" / "mar_tiny" / "checkpoint-last.safetensors",
         ema_expected=False,
-        vae={"embed_dim": 2, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1},
+        make_vae=partial(AutoencoderKL, embed_dim=2, ch=32, ch_mult=(1, 2), num_res_blocks=1),
         vae_path=ROOT / "vae" / "mar_tiny.safetensors",
         statistics_path=ROOT / "fid_stats" / "fashion_classifier_stats.npz",
         features="fashion",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from models import PRESETS, AutoencoderKL, create_model
+from models import PRESETS, create_model
 from util.processes import launch
 from util.weights import save_safetensors
 
@@ -38,7 +38,7 @@ def make_weights(folder: Path) -> list[str]:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, vae = create_model("mar_tiny"), AutoencoderKL(**PRESETS["mar_tiny"].vae)
+        model, vae = create_model("mar_tiny"), PRESETS["mar_tiny"].make_vae()
         for name, parameter in model.diffloss.named_parameters():
             if "adaLN" in name or "final" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

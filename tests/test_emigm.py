@@ -201,13 +201,13 @@ def test_official_files_load_and_others_are_refused(tmp_path) -> None:
 def test_512_pixels_need_diffusers(monkeypatch) -> None:
     if importlib.util.find_spec("diffusers"):
         with torch.device("meta"):
-            vae = PRESETS["emigm_base_512"].vae_class()
+            vae = PRESETS["emigm_base_512"].make_vae()
         latents, pixels = torch.empty(2, 32, 4, 4, device="meta"), torch.empty(2, 3, 128, 128, device="meta")
         assert decode(vae, latents).shape == pixels.shape and encode(vae, pixels).shape == latents.shape
         assert 323e6 < sum(parameter.numel() for parameter in vae.parameters()) < 324e6
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="pip install diffusers"):
-        PRESETS["emigm_base_512"].vae_class()
+        PRESETS["emigm_base_512"].make_vae()
     with pytest.raises(InputError, match=r"--model of 512 pixels needs .* `pip install diffusers`"):
         parse_options(["--model", "emigm_base_512"])
 
@@ -215,8 +215,8 @@ def test_512_pixels_need_diffusers(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--num_sampling_steps solver:1", "num_sampling_steps must be 2 to 1000 evaluations"),
-        ("--num_sampling_steps solver:8:heun", "must be solver:N or solver:N:multistep|singlestep, not 'heun'"),
+        ("--num_sampling_steps solver:1", "with N from 2 to 1000, not solver:1:multistep"),
+        ("--num_sampling_steps solver:8:heun", "must be solver:N or solver:N:multistep|singlestep with N"),
         ("--num_sampling_steps solver:many", "--num_sampling_steps: invalid"),
         ("--guidance_interval 0.3:0.3", "--guidance_interval must be t_min:t_max with 0 <= t_min < t_max <= 1"),
         ("--guidance_interval 0.3:1.1", "--guidance_interval must be t_min:t_max"),

@@ -113,7 +113,6 @@ def program_and_flags(command: str) -> tuple[str, list[str]] | None:
 
 PROGRAMS = [
     *sorted(path.name for path in ROOT.glob("*.py")),
-    *(f"train.py {stage}" for stage in ("vae", "mar")),
     *(f"score.py {stage}" for stage in ("statistics", "evaluate", "export")),
     "tests/soak.py",
     "-m util.download",

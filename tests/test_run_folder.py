@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import PRESETS, AutoencoderKL
+from models import PRESETS
 from util.errors import InputError
 from util.files import atomic_write
 from util.folder import Batch, RunFolder, check_folder, labels_of, open_finished, open_folder
@@ -123,7 +123,7 @@ def test_the_grid_shows_each_image_in_its_place():
 
 def test_a_decoded_image_depends_neither_on_threads_nor_on_its_batch():
     torch.manual_seed(0)
-    vae = AutoencoderKL(**PRESETS["mar_tiny"].vae).eval()
+    vae = PRESETS["mar_tiny"].make_vae().eval()
     latents, threads, decoded = torch.randn(3, 2, 16, 16), torch.get_num_threads(), []
     assert torch.equal(torch.cat(map_images(lambda part: part * 2, latents)), latents * 2)
     for num_threads in (1, 2):

@@ -19,8 +19,9 @@ from models import (
     Sampler,
     SolverSteps,
     create_model,
-    find_method,
 )
+from models.methods import with_settings
+from models.presets import architecture
 
 LABELS = torch.tensor([3, 0, 4])
 GUIDANCE = {"cfg": 2.5, "cfg_schedule": "linear", "temperature": 0.9}
@@ -30,32 +31,16 @@ SHORT = {
     "mar": {"num_iter": 9, "num_sampling_steps": 9},
     "lazymar": {"cache": CachePolicy(start_step=2, refresh_interval=4)},
     "disa": {"num_sampling_steps": AnnealedSteps(12, 3)},
-    "gtr": {
-        "num_stages": 3,
-        "num_iter": (3, 2, 2),
-        "num_sampling_steps": AnnealedSteps(12, 5, "generation"),
-        "detailed_tokens": DetailedTokens(0.2, 9),
-    },
+    "gtr": {"num_stages": 3, "num_iter": (3, 2, 2), "detailed_tokens": DetailedTokens(0.2, 9)}
+    | {"num_sampling_steps": AnnealedSteps(12, 5, "generation")},
     "recap": {"cache": METHODS["recap"].cache, "lazy_sampling_steps": 6},
     "lateguidance": {"unguided_below": 1.4},
 }
 SHORT["fast"] = SHORT["lateguidance"] | SHORT["lazymar"]
 SHORT["fast"] |= {"num_stages": 3, "num_iter": (3, 2, 2), "num_sampling_steps": SolverSteps(5)}
-FIELDS = {
-    "img_size": 32,
-    "vae_stride": 4,
-    "vae_embed_dim": 4,
-    "buffer_size": 8,
-    "encoder_embed_dim": 32,
-    "encoder_depth": 4,
-    "encoder_num_heads": 4,
-    "decoder_embed_dim": 32,
-    "decoder_depth": 5,
-    "decoder_num_heads": 4,
-    "class_num": 5,
-    "diffloss_d": 6,
-    "diffloss_w": 32,
-}
+FIELDS = architecture(
+    32, 4, 4, 6, 32, decoder_depth=5, class_num=5, buffer_size=8, img_size=32, vae_stride=4, vae_embed_dim=4
+)
 
 
 def perturb(model: MAR, std: float) -> MAR:
@@ -95,8 +80,8 @@ def short_settings(name: str, **changes: Any) -> dict[str, Any]:
 def make_sampler(model: MAR, method: Method | str = "mar", **settings: Any) -> Sampler:
     """A sampler for a method whose settings may be replaced, by default with the guidance of `GUIDANCE`."""
     cfg, cfg_schedule, temperature = (settings.pop(name, default) for name, default in GUIDANCE.items())
-    method = (find_method(method) if isinstance(method, str) else method).replaced(**settings)
-    return Sampler(model, method.plan(model, cfg=cfg, cfg_schedule=cfg_schedule), temperature=temperature)
+    plan = with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
+    return Sampler(model, plan, temperature=temperature)
 
 
 def batch_of(model: MAR, size: int, seed: int = 5, num_sampling_steps: int = 21) -> tuple[Tensor, ImageNoise]:

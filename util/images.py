@@ -49,7 +49,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
     A model's latents are at unit scale: these times the preset's `latent_scale`.
     """
-    return _apply(vae, lambda part: vae.encode(part).mean, images)
+    return _apply(vae, vae.encode, images)
 
 
 def _apply(vae: AutoencoderKL, network: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
     args = _parser(description).parse_args(argv)
     preset = PRESETS[args.model]
     defaults = {
-        "class_num": preset.class_num,
+        "class_num": preset.architecture["class_num"],
         "num_images": len(args.class_labels or ()) or 50_000,
         "cfg": (preset.cfg,),
         "cfg_schedule": preset.cfg_schedule,
@@ -166,7 +166,8 @@ def _folder_name(args: argparse.Namespace, num_iter: int) -> str:
 def _check_method(options: Options) -> None:
     """Raise InputError, naming the flag, for a method that does not fit the model, and for a missing package."""
     try:
-        options.preset.check_packages()
+        with torch.device("meta"):
+            options.preset.make_vae()
         policy = options.plan.policy
     except ValueError as error:
         raise InputError(f"--{error}") from None

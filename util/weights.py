@@ -67,7 +67,7 @@ def load_model(
     """
     with torch.device("meta"):
         model = create_model(name, **overrides)
-        vae = PRESETS[name].vae_class(**PRESETS[name].vae)
+        vae = PRESETS[name].make_vae()
     device = choose_device("auto") if device is None else torch.device(device)
     dtype = choose_dtype("auto", device) if dtype is None else dtype
     path = weights or PRESETS[name].checkpoint
@@ -82,7 +82,7 @@ def load_model(
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[MAR, AutoencoderKL]:
     """Make a model and its VAE with random weights, as ready as loaded ones: speed does not depend on the weights."""
-    vae = PRESETS[name].vae_class(**PRESETS[name].vae)
+    vae = PRESETS[name].make_vae()
     return _ready(create_model(name).to(device), vae.to(device), dtype)
 
 

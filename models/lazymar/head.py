@@ -64,12 +64,12 @@ class HeadSampler:
         """Return the layers whose outputs a denoising step of this kind uses, in order, and which of the outputs."""
         layers = []
         for skipped, blocks in self.block_groups:
-            for layer in (self.head.res_blocks[number].modulation for number in blocks):
+            for layer in (self.head.res_blocks[number].adaLN_modulation[1] for number in blocks):
                 if kind is FULL or (kind is WARMUP and not skipped):
                     layers.append((layer, slice(None)))
                 elif not skipped:  # a cached MLP output needs only its gate
                     layers.append((layer, slice(2 * layer.in_features, None)))
-        return [*layers, (self.head.final_layer.modulation, slice(None))]
+        return [*layers, (self.head.final_layer.adaLN_modulation[1], slice(None))]
 
     def __call__(self, conditions: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Return tokens [n, C] for `conditions` [n, D], or [2n, D] with guidance, the conditional branch first.
