@@ -12,7 +12,7 @@ from typing import Any
 
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
-from util.files import atomic_write, check_writable
+from util.files import atomic_write
 from util.folder import open_finished, side_by_side
 from util.metrics import read_scores
 
@@ -53,8 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("other", type=Path, help="output folder of the run that is compared")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write images of both, side by side, there (PNG)")
     args = parser.parse_args(argv)
-    if args.output:
-        check_writable(args.output)
     (settings, metrics, run), (other_settings, other_metrics, other) = map(open_finished, (args.baseline, args.other))
     for name in ("model", "seed", "num_images", "class_labels"):
         if settings[name] != other_settings[name]:
