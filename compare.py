@@ -29,20 +29,17 @@ def table(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     references = {run["reference"]["sha256"]: run["reference"]["path"] for run in runs if "reference" in run}
     if len(references) > 1:
         raise InputError(f"the runs were scored against different statistics ({' and '.join(references.values())})")
-    rows: list[Any] = []
-    other_scores = read_scores(other)
+    other_scores, rows = read_scores(other), []
     for number, value in read_scores(baseline).items():
         rows.append((number.label, value, other_scores.get(number), number.digits))
     for label, (key, factor, digits) in COSTS.items():
-        values = (run[key] * factor if key in run else None for run in runs)
-        rows.append((label, *values, digits))
+        first, second = (run[key] * factor if key in run else None for run in runs)
+        rows.append((label, first, second, digits))
     lines = [f"{'':28s}{'baseline':>10s}{'other':>10s}{'ratio':>8s}"]
     for label, first, second, digits in rows:
         if first is not None and second is not None:
             ratio = f"{second / first:.2f}" if first else "-"
             lines.append(f"{label:28s}{first:10.{digits}f}{second:10.{digits}f}{ratio:>8s}")
-    if baseline.get("features") == "fashion":
-        lines.append("features: Fashion-MNIST classifier, not Inception")
     return "\n".join(lines)
 
 

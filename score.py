@@ -37,8 +37,7 @@ def statistics(args: argparse.Namespace, images: ImageSet) -> None:
     device = choose_device(args.device)
     extractor = load_extractor(args.features, args.inception_weights, device, with_dinov2=args.fd_dinov2)
     statistics_of(images, extractor, args.batch_size, args.keep_features).save(args.output)
-    kept = f", and the features of {args.keep_features} of them" if args.keep_features else ""
-    print(f"{args.output}: mean and covariance of the features of {images}{kept}")
+    print(f"{args.output}: statistics of {images}, with the features of {args.keep_features}")
 
 
 def evaluate(args: argparse.Namespace, own: ImageSet) -> None:
@@ -86,9 +85,7 @@ def statistics_of(images: ImageSet, extractor: Extractor, batch_size: int, keep:
     """
     least = max(2, keep)
     if len(images) < least:
-        raise InputError(
-            f"{images.path} holds {len(images)} images: statistics take at least {least} (--keep_features)"
-        )
+        raise InputError(f"{images.path} holds {len(images)} images, not at least {least} (--keep_features)")
     computed = Statistics.from_features(**extract(extractor, images, batch_size), keep=keep)
     if images.has_statistics:  # of all the images that these were drawn from
         print(f"note: {images.path} holds mu and sigma, which are taken as they are; the rest is of its images")

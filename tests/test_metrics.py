@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -194,20 +193,11 @@ def test_each_group_has_as_many_images_of_each_class():
 # torch-fidelity and the weights
 
 
-@pytest.mark.parametrize("version", ["0.3.0", "0.4.0-beta", "0.4.0.dev3"])
-def test_old_versions_of_torch_fidelity_are_refused(version, folders, monkeypatch, capsys):
-    monkeypatch.setattr(torch_fidelity, "__version__", version)
+@pytest.mark.parametrize("version", ["0.3.0", "0.4.0-beta", None])
+def test_a_torch_fidelity_that_is_too_old_or_missing_is_refused(version, folders, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", version and mock.Mock(__version__=version))
     assert run_score("evaluate", folders[0], "--reference", folders[1]) == 2
     assert capsys.readouterr().err.startswith("error: scores need torch-fidelity 0.4.0 or later: run `pip install")
-
-
-def test_a_torch_fidelity_that_cannot_be_imported_is_refused_in_one_sentence(tmp_path):
-    (tmp_path / "torch_fidelity.py").write_text("from torchvision.models.utils import load_state_dict_from_url")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "eval.py", "--model", "mar_tiny", "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr and not (tmp_path / "run").exists()
-    assert "torch-fidelity 0.4.0 or later" in result.stderr
 
 
 class RunsCode:

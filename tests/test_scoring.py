@@ -180,12 +180,12 @@ def bad(images, tmp_path_factory) -> Path:
         ("", "nan.npz", "", "mu is [128], not finite numbers of 128 features"),
         ("", "numbers.npz", "", "it lacks mu; it lacks sigma"),
         ("", "objects.npz", "", "objects.npz cannot be used"),
-        ("", "pickle.npz", "", "pickle.npz is no folder of images and no .npz file"),
-        ("flipped.npz", "", "", "flipped.npz is no folder of images and no .npz file that can be read"),
-        ("floats.npz", "", "", "floats.npz holds arr_0 of float32 [4, 32, 32, 3], which are no images"),
+        ("", "pickle.npz", "", "pickle.npz is no folder, and no .npz file"),
+        ("flipped.npz", "", "", "flipped.npz is no folder, and no .npz file that can be read"),
+        ("floats.npz", "", "", "floats.npz holds arr_0 of float32 [4, 32, 32, 3], not uint8"),
         ("", "larger", "", "shapes, (32, 32, 3) and (64, 64, 3), differ"),
         ("empty", "", "", "empty holds no PNG or JPEG images"),
-        ("nowhere", "", "", "nowhere is no folder of images and no .npz file"),
+        ("nowhere", "", "", "nowhere is no folder, and no .npz file"),
         ("", "", "--batch_size 0", "--batch_size: must be at least 1, not 0"),
     ],
 )
@@ -200,8 +200,8 @@ def test_bad_input_is_one_sentence_before_any_work(generated, real, flags, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("statistics {real} --keep_features 31 --features fashion", "at least 31 images (--keep_features)"),
-        ("statistics {bad}/one --features fashion", "at least 2 images"),
+        ("statistics {real} --keep_features 31 --features fashion", "30 images, not at least 31 (--keep_features)"),
+        ("statistics {bad}/one --features fashion", "1 images, not at least 2"),
         ("statistics {bad}/plain.npz", "plain.npz holds no images"),
         ("statistics {bad}/larger --features fashion", "takes 32 x 32 RGB images"),
         ("statistics {bad}/damaged --features fashion", "damaged/003.png cannot be read as 8-bit RGB"),

@@ -69,10 +69,8 @@ def is_placeholder(head: bytes) -> bool:
 
 def download_command(file: Path) -> str | None:
     """Say how to fetch `file`, if it is where a public download goes; None if it is not."""
-    for name, remote in FILES.items():
-        if file.absolute() == OUTPUT_DIR / remote.path:
-            return f"fetch it with `python -m util.download {name}`"
-    return None
+    names = [name for name, remote in FILES.items() if file.absolute() == OUTPUT_DIR / remote.path]
+    return f"fetch it with `python -m util.download {names[0]}`" if names else None
 
 
 def download(url: str, path: Path) -> None:
@@ -122,10 +120,8 @@ def _continue(url: str, part: Path) -> None:
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "python-urllib", "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.length is None:
-            raise OSError("the server does not say how large the file is")
         start = start if response.status == 206 else 0  # a server without ranges sends the whole file
-        settings = {"total": start + response.length, "initial": start, "desc": part.stem}
+        settings = {"total": start + (response.length or 0), "initial": start, "desc": part.stem}
         with part.open("ab" if start else "wb") as file, tqdm.wrapattr(file, "write", **settings) as writer:
             shutil.copyfileobj(response, writer, 1 << 18)
         if response.length:  # what has not come

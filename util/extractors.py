@@ -77,12 +77,11 @@ def load_extractor(
     Args:
         name:         "inception": torch-fidelity's "inception-v3-compat", the standard for FID and Inception Score.
                       "fashion": `FashionClassifier`, for images of 32 x 32 pixels.
-        weights_path: its weights. Default: the shipped classifier; for Inception, torch-fidelity's file in PyTorch's
-                      hub folder, which is downloaded (95 MB) if it is missing. Let one process load it first.
-        with_dinov2:  also load DINOv2 from PyTorch's hub folder, which fetches it if it is missing.
+        weights_path: its weights. Default: the shipped classifier; for Inception, the file in PyTorch's hub folder,
+                      which is downloaded (95 MB) if it is missing. Let one process load it first.
+        with_dinov2:  also load DINOv2, by PyTorch's hub.
 
-    Raises:
-        InputError: weights are missing and cannot be downloaded, are damaged, could run code, or do not fit.
+    Raises InputError if weights cannot be downloaded, are damaged, could run code, or do not fit.
     """
     torch_fidelity, dinov2 = import_torch_fidelity(), None
     try:

@@ -71,12 +71,9 @@ def open_images(path: Path) -> ImageSet | None:
                 return None
             images, has_statistics = file["arr_0"], "mu" in file and "sigma" in file
     except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
-        raise InputError(
-            f"{path} is no folder of images and no .npz file that can be read ({why_unreadable(error)})"
-        ) from None
+        raise InputError(f"{path} is no folder, and no .npz file that can be read ({why_unreadable(error)})") from None
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
-        found = f"{images.dtype} {list(images.shape)}"
-        raise InputError(f"{path} holds arr_0 of {found}, which are no images: these are uint8 [N, H, W, 3]")
+        raise InputError(f"{path} holds arr_0 of {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
     return ImageSet(path, images, has_statistics)
 
 

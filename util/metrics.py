@@ -190,8 +190,7 @@ def score(
         labels:          the images' classes, which the groups of the standard errors share evenly; None: not known.
         standard_errors: also estimate the standard error of each score, by the jackknife over groups of images.
 
-    Returns the scores as `metrics.json` holds them: by name, None if there are too few images, and, if wanted,
-    "standard_errors".
+    Returns the scores as `metrics.json` holds them: by name, None if there are too few images; and "standard_errors".
 
     Raises InputError if an output is not finite.
     """
@@ -246,5 +245,7 @@ def add_metric_flags(parser: argparse.ArgumentParser, *, standard_errors: bool =
 
 
 def metrics_from_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the names of the metrics whose flags are given."""
+    """Return the names of the metrics whose flags are given. Raises InputError if torch-fidelity is too old."""
+    if getattr(args, "score", True):  # of eval.py
+        import_torch_fidelity()
     return tuple(name for name, metric in METRICS.items() if metric.help and getattr(args, name))
