@@ -85,8 +85,7 @@ class Statistics:
         if faults:
             raise InputError(
                 f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one with `python score.py "
-                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`, of ADM's reference images "
-                "(VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or others"
+                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`"
             )
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)

@@ -197,8 +197,8 @@ def _check_fit(path: Path, what: str, expected: Mapping[str, torch.Tensor], tens
     if misfits == ["class_emb.weight"] and class_shape:
         way_out = f"give --class_num {class_shape[0]} if it has that many classes"
     raise InputError(
-        f"{path} {verdict}: {len(misfits)} entries, such as {', '.join(misfits[:2])}, are missing, unknown, not finite "
-        f"or of another shape or type, and it holds {', '.join([*tensors][:2]) or 'nothing'}; {way_out}"
+        f"{path} {verdict}: missing, unknown, not finite, or of another shape or type: {', '.join(misfits[:2])} "
+        f"({len(misfits)} in all); it holds {', '.join([*tensors][:2]) or 'nothing'}; {way_out}"
     )
 
 
