@@ -318,12 +318,12 @@ def stages_of_positions(seq_len: int, num_stages: int) -> list[int]:
     Raises ValueError, naming num_stages, if the grid cannot be halved so often.
     """
     side = math.isqrt(seq_len)
-    period = 2 ** (num_stages - 1)
-    if side**2 != seq_len or side % period:
+    if side**2 != seq_len or num_stages > side or side % 2 ** (num_stages - 1):
         raise ValueError(
             f"num_stages must be such that 2^(num_stages - 1) divides the side of the token grid, "
             f"{math.sqrt(seq_len):g}, not {num_stages}"
         )
+    period = 2 ** (num_stages - 1)
     diagonals = ((row + column) % period or period for row in range(side) for column in range(side))
     # The lowest bit that is set in a diagonal's number says how often it can be halved.
     return [num_stages - (diagonal & -diagonal).bit_length() for diagonal in diagonals]
