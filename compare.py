@@ -12,7 +12,7 @@ from typing import Any
 
 from util.cli import Parser
 from util.errors import InputError, exits_cleanly
-from util.files import atomic_write, check_writable
+from util.files import atomic_write
 from util.folder import open_finished, side_by_side
 from util.metrics import read_scores
 
@@ -29,20 +29,17 @@ def table(baseline: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     references = {run["reference"]["sha256"]: run["reference"]["path"] for run in runs if "reference" in run}
     if len(references) > 1:
         raise InputError(f"the runs were scored against different statistics ({' and '.join(references.values())})")
-    rows: list[Any] = []
-    other_scores = read_scores(other)
+    other_scores, rows = read_scores(other), []
     for number, value in read_scores(baseline).items():
         rows.append((number.label, value, other_scores.get(number), number.digits))
     for label, (key, factor, digits) in COSTS.items():
-        values = (run[key] * factor if key in run else None for run in runs)
-        rows.append((label, *values, digits))
+        first, second = (run[key] * factor if key in run else None for run in runs)
+        rows.append((label, first, second, digits))
     lines = [f"{'':28s}{'baseline':>10s}{'other':>10s}{'ratio':>8s}"]
     for label, first, second, digits in rows:
         if first is not None and second is not None:
             ratio = f"{second / first:.2f}" if first else "-"
             lines.append(f"{label:28s}{first:10.{digits}f}{second:10.{digits}f}{ratio:>8s}")
-    if baseline.get("features") == "fashion":
-        lines.append("features: Fashion-MNIST classifier, not Inception")
     return "\n".join(lines)
 
 
@@ -53,8 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("other", type=Path, help="output folder of the run that is compared")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write images of both, side by side, there (PNG)")
     args = parser.parse_args(argv)
-    if args.output:
-        check_writable(args.output)
     (settings, metrics, run), (other_settings, other_metrics, other) = map(open_finished, (args.baseline, args.other))
     for name in ("model", "seed", "num_images", "class_labels"):
         if settings[name] != other_settings[name]:

@@ -25,46 +25,44 @@ from tqdm import tqdm
 from util import metrics
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
-from util.extractors import FEATURES_DIMS, INCEPTION_FILE, Extractor, import_torch_fidelity, load_extractor
-from util.files import atomic_write, check_writable
+from util.extractors import FEATURES_DIMS, INCEPTION_FILE, Extractor, load_extractor
+from util.files import atomic_write
 from util.image_sets import ImageSet, open_images
+from util.machine import choose_device, describe
 from util.metrics import Statistics
 
 
-def make_statistics(args: argparse.Namespace, images: ImageSet) -> None:
-    """Write the statistics of images to a file."""
-    extractor = load_extractor(args.features, args.inception_weights, args.device, with_dinov2=args.fd_dinov2)
+def statistics(args: argparse.Namespace, images: ImageSet) -> None:
+    """Make a reference file of mean and covariance from images."""
+    device = choose_device(args.device)
+    extractor = load_extractor(args.features, args.inception_weights, device, with_dinov2=args.fd_dinov2)
     statistics_of(images, extractor, args.batch_size, args.keep_features).save(args.output)
-    kept = f", and the features of {args.keep_features} of them" if args.keep_features else ""
-    print(f"{args.output}: mean and covariance of the features of {images}{kept}")
+    print(f"{args.output}: statistics of {images}, with the features of {args.keep_features}")
 
 
 def evaluate(args: argparse.Namespace, own: ImageSet) -> None:
     """Score images against a reference: a statistics file, or images too."""
     names, real = metrics.metrics_from_flags(args), open_images(args.reference)
     reference: Any = None if real else Statistics.load(args.reference, FEATURES_DIMS[args.features], names)
-    if real and own.size != real.size:
-        raise InputError(f"the images' sizes, {own.size} and {real.size}, differ: make them one size")
-    with_dinov2 = metrics.need_dinov2(names)
-    extractor = load_extractor(args.features, args.inception_weights, args.device, with_dinov2=with_dinov2)
+    if real and own.shape != real.shape:
+        raise InputError(f"the images' shapes, {own.shape} and {real.shape}, differ: make them one size")
+    device = choose_device(args.device)
+    extractor = load_extractor(args.features, args.inception_weights, device, with_dinov2=args.fd_dinov2)
     if real:
         reference = statistics_of(real, extractor, args.batch_size, keep=len(real))
     outputs = extract(extractor, own, args.batch_size)
-    scores = metrics.score(outputs, reference, names, standard_errors=args.standard_errors, progress=True)
+    scores = metrics.score(outputs, reference, names, standard_errors=args.standard_errors)
     print(f"images: {own}\nreference: {real or args.reference}\n{metrics.score_table(scores, args.features)}")
     if args.output:
-        scores.update(num_images=len(own), features=args.features)
+        scores.update(num_images=len(own), features=args.features, environment=describe(device))
         scores.update(folder=str(args.images), statistics=str(args.reference))
-        scores["versions"] = {"torch": str(torch.__version__), "torch_fidelity": import_torch_fidelity().__version__}
         with atomic_write(args.output) as partial:
             partial.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
 def export(args: argparse.Namespace, images: ImageSet) -> None:
-    """Write images in random order to an .npz file for ADM's evaluator.
-
-    That takes its Inception Score over consecutive parts: of images that are sorted by class it would be far too low.
-    """
+    """Write images in random order to an .npz file for ADM's evaluator."""
+    # It takes its Inception Score over consecutive parts: of images that are sorted by class it would be far too low.
     pixels = torch.cat(list(images.batches(100))).permute(0, 2, 3, 1).numpy()
     order = np.random.RandomState(args.seed).permutation(len(images))
     with atomic_write(args.output) as partial, partial.open("wb") as file:
@@ -87,42 +85,36 @@ def statistics_of(images: ImageSet, extractor: Extractor, batch_size: int, keep:
     """
     least = max(2, keep)
     if len(images) < least:
-        raise InputError(
-            f"statistics take at least {least} images (--keep_features); {images.path} holds {len(images)}"
-        )
-    statistics = Statistics.from_features(**extract(extractor, images, batch_size), keep=keep)
+        raise InputError(f"{images.path} holds {len(images)} images, not at least {least} (--keep_features)")
+    computed = Statistics.from_features(**extract(extractor, images, batch_size), keep=keep)
     if images.has_statistics:  # of all the images that these were drawn from
         print(f"note: {images.path} holds mu and sigma, which are taken as they are; the rest is of its images")
-        found = Statistics.load(images.path, len(statistics.mu))
-        statistics = replace(statistics, mu=found.mu, sigma=found.sigma)
-    return statistics
+        found = Statistics.load(images.path, len(computed.mu))
+        computed = replace(computed, mu=found.mu, sigma=found.sigma)
+    return computed
 
 
 # fmt: off
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, description in (
-        ("statistics", make_statistics, "make a reference file of mean and covariance from images"),
-        ("evaluate", evaluate, "score images against a reference"),
-        ("export", export, "write images as ADM's evaluator takes them, an .npz file in random order"),
-    ):
-        command = commands.add_parser(name, help=description, description=description)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run in (statistics, evaluate, export):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         add = command.add_argument
         add("images", type=Path, help="folder of images of one size, folder of a run, or .npz file of images")
-        if name != "evaluate":
+        if run is not evaluate:
             add("--output", type=Path, required=True, metavar="FILE", help="the .npz file to write")
-        if name == "export":
+        if run is export:
             add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="seed of the random order")
             continue
         add("--features", choices=sorted(FEATURES_DIMS), default="inception",
             help="network whose features are used; fashion is for images of mar_tiny, on a scale of its own")
         add("--inception_weights", type=Path, metavar="FILE",
             help=f"{INCEPTION_FILE} of torch-fidelity (default: PyTorch's hub folder, downloaded if missing)")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+        add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is a GPU if there is one")
         add("--batch_size", type=number(int, 1), default=64, metavar="N", help="images at a time")
-        if name == "evaluate":
+        if run is evaluate:
             add("--reference", "--statistics", type=Path, required=True, metavar="PATH",
                 help="what to compare with: a statistics file, or images as for the first argument")
             add("--json", type=Path, dest="output", metavar="FILE", help="write the scores to this file too")
@@ -138,14 +130,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    import_torch_fidelity()  # refuses versions that are too old
-    if args.output:
-        check_writable(args.output)
-    if args.command != "export":
-        try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError):
-            raise InputError(f"--device {args.device} is not there: use cpu, or cuda on a machine with a GPU") from None
     images = open_images(args.images)
     if images is None:
         raise InputError(f"{args.images} holds no images: name a folder, or an .npz file of images (arr_0, uint8)")

@@ -24,7 +24,7 @@ from models import MAR, PRESETS, create_model
 from models.presets import MAR_MODELS
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
-from util.files import check_writable, file_digest
+from util.files import file_digest
 from util.machine import choose_device, mixed_precision
 from util.training.images import load_images
 from util.training.loop import fit
@@ -214,7 +214,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_writable(args.output_dir / "training.pth")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     train(args)
 
 

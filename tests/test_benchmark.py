@@ -35,7 +35,6 @@ def test_a_run_prints_all_methods_and_writes_what_it_measured(tmp_path, capsys):
         (["--batch_sizes", "0"], "--batch_sizes"),
         (["--num_iter", "300", "--models", "mar_tiny"], "--num_iter"),
         (["--method", "mar+lazymar"], "--method"),
-        (["--output", "tests"], "tests"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(arguments, named, capsys, monkeypatch):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import score as program
-from util import download, extractors
+from util import download
 from util.errors import InputError
 from util.extractors import load_classifier, load_extractor
 from util.jackknife import groups_of_images
@@ -107,14 +105,12 @@ def test_all_scores_equal_torch_fidelity(kind, folders, arrays, tmp_path, capsys
         flags = ["--output", real, "--keep_features", 30, "--fd_dinov2"]
         assert run_score("statistics", folders[1], *flags, *FASHION) == 0
     found = evaluate(generated, real, "--precision_recall", "--kid", "--fd_dinov2", *FASHION)
-    assert expected.keys() - {"f_score"} < found.keys()
-    for name in expected.keys() - {"f_score"}:
+    for name in expected:
         assert math.isclose(found[name], expected[name], rel_tol=1e-5), name
     assert math.isclose(found["fd_dinov2"], dinov2, rel_tol=1e-4)
     assert expected["precision"] != expected["recall"]  # so that an exchange would be noticed
-    kid, deviation = (found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
-    printed = capsys.readouterr().out
-    assert f"recall           {expected['recall']:.4f}\nKID              {kid:.6f} ± {deviation:.6f}\n" in printed
+    kid, printed = found["kernel_inception_distance_mean"], capsys.readouterr().out
+    assert f"recall           {expected['recall']:.4f}\nKID              {kid:.6f}\n" in printed
     assert "Fashion-MNIST classifier, not Inception\n" in printed
 
 
@@ -123,7 +119,7 @@ def test_scores_by_inception_equal_torch_fidelity(images, inception_weights, tmp
     options = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(inception_weights)}
     expected = by_torch_fidelity(*few, isc=True, kid=True, prc=True, kid_subset_size=10, **options)
     found = evaluate(*few, "--precision_recall", "--kid", "--inception_weights", inception_weights)
-    for name in expected.keys() - {"f_score"}:
+    for name in expected:
         assert math.isclose(found[name], expected[name], rel_tol=1e-5), name
     assert expected["frechet_inception_distance"] > 1 and found["features"] == "inception"
     assert "features: Inception\n" in capsys.readouterr().out
@@ -136,17 +132,15 @@ def score_features(generated: torch.Tensor, real: torch.Tensor, *names: str, **o
     return score({"features": generated, "logits": logits}, reference, names, **options)
 
 
-def test_too_few_images_give_none_and_a_reason():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.rand(300, 4, generator=generator)
+def test_too_few_images_give_none_and_infinite_features_are_refused():
+    features = torch.rand(300, 4, generator=torch.Generator().manual_seed(0))
     one, nine, many = (score_features(features[:count], features) for count in (1, 9, 300))
-    assert one["frechet_inception_distance"] is None is one["inception_score_mean"] and len(one["notes"]) == 3
-    assert nine["frechet_inception_distance"] > 0 and "Inception Score takes at least 10" in nine["notes"][0]
-    assert abs(many["frechet_inception_distance"]) < 1e-6 and many["inception_score_mean"] > 1 and not many["notes"]
-    assert "Inception Score  -" in score_table(nine, "inception")
-    few = score_features(features, features[:3], "precision_recall")
-    assert few["recall"] is None and few["notes"] == ["precision takes at least 4 images"]
-    assert "covariance of 4 features" in score_features(features[:3], features)["notes"][0]
+    assert one["frechet_inception_distance"] is None is one["inception_score_mean"]
+    assert nine["frechet_inception_distance"] > 0 and "Inception Score  too few images" in score_table(
+        nine, "inception"
+    )
+    assert abs(many["frechet_inception_distance"]) < 1e-6 and many["inception_score_mean"] > 1
+    assert score_features(features, features[:3], "precision_recall")["recall"] is None
     with pytest.raises(InputError, match="features of 1 images are not finite, first of number 7"):
         score_features(features.index_fill(0, torch.tensor(7), torch.inf), features)
 
@@ -198,22 +192,11 @@ def test_each_group_has_as_many_images_of_each_class():
 # torch-fidelity and the weights
 
 
-@pytest.mark.parametrize("version", ["0.3.0", "0.4.0-beta", "0.4.0.dev3"])
-def test_old_versions_of_torch_fidelity_are_refused(version, folders, monkeypatch, capsys):
-    monkeypatch.setattr(torch_fidelity, "__version__", version)
+@pytest.mark.parametrize("version", ["0.3.0", "0.4.0-beta", None])
+def test_a_torch_fidelity_that_is_too_old_or_missing_is_refused(version, folders, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", version and mock.Mock(__version__=version))
     assert run_score("evaluate", folders[0], "--reference", folders[1]) == 2
-    assert capsys.readouterr().err.startswith("error: scores need torch-fidelity 0.4.0 or later, not a pre-release")
-    monkeypatch.setattr(torch_fidelity, "__version__", "0.10.0")
-    assert extractors.import_torch_fidelity() is torch_fidelity
-
-
-def test_a_torch_fidelity_that_cannot_be_imported_is_refused_in_one_sentence(tmp_path):
-    (tmp_path / "torch_fidelity.py").write_text("from torchvision.models.utils import load_state_dict_from_url")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "eval.py", "--model", "mar_tiny", "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert "torch-fidelity 0.4.0 or later" in result.stderr and "pip install --upgrade" in result.stderr
+    assert capsys.readouterr().err.startswith("error: scores need torch-fidelity 0.4.0 or later: run `pip install")
 
 
 class RunsCode:
@@ -222,16 +205,13 @@ class RunsCode:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_unusable_weights_of_inception_are_refused_by_name(tmp_path):
+def test_unusable_weights_of_inception_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
-    for content in (None, b"PK\x03\x04 cut off", RunsCode(), {"fc.weight": torch.zeros(3)}, [1, 2], {"x": RunsCode()}):
-        if isinstance(content, (dict, list)):
-            torch.save(content, path)
-        elif content:
-            path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=2))
-        with pytest.raises(InputError, match=r"Inception's weights cannot be loaded from .*weights\.pth") as refused:
+    for content in (RunsCode(), {"fc.weight": torch.zeros(3)}, [1, 2], {"x": RunsCode()}):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=r"cannot be loaded .* --inception_weights") as refused:
             load_extractor("inception", path)
-        assert "--inception_weights" in str(refused.value) and "weights_only" not in str(refused.value)
+        assert "weights_only" not in str(refused.value)
 
 
 def test_without_network_the_way_out_is_named(tmp_path, monkeypatch):
@@ -239,9 +219,7 @@ def test_without_network_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "RETRY_WAITS", ())
     monkeypatch.setattr(download.urllib.request, "urlopen", mock.Mock(side_effect=OSError("Network is unreachable")))
     monkeypatch.setattr(torch.hub, "load", mock.Mock(side_effect=OSError("Network is unreachable")))
-    inception = (torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3, "--inception_weights")
-    dinov2 = ("--fd_dinov2", "torch.hub.load('facebookresearch/dinov2', 'dinov2_vitl14')")
-    for name, parts in (("inception", inception), ("fashion", dinov2)):
-        with pytest.raises(InputError) as refused:
-            load_extractor(name, with_dinov2=name == "fashion")
-        assert all(part in str(refused.value) for part in (str(tmp_path), *parts))
+    with pytest.raises(InputError, match=f"cannot fetch {tmp_path}.* from https://github.com/toshas/torch-fidelity"):
+        load_extractor("inception")
+    with pytest.raises(InputError, match=f"Network is unreachable.*copy PyTorch's hub folder, {tmp_path}"):
+        load_extractor("fashion", with_dinov2=True)

@@ -150,7 +150,7 @@ def test_bad_input_is_named_and_exits_with_2(data, tmp_path, capsys, monkeypatch
     assert "with --fashion_mnist" in refusal("--data", "fashion-mnist", "--fashion_mnist", "nowhere")
     assert "32 x 32 images, but the model's are" in refusal("--data", "fashion-mnist", "--model", "mar_base")
     assert "no weights for mar_tiny" in refusal("--start_from", "nowhere")
-    assert "cannot write" in refusal("--output_dir", "file/run")
+    assert "Not a directory" in refusal("--output_dir", "file/run")
     assert "--posterior_noise: must be from 0 to 1" in refusal("--posterior_noise", 1.5)
     assert ": lower the learning rate" in refusal("--context_lr", 1e30)
 

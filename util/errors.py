@@ -32,13 +32,13 @@ def describe_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a script's `main`: an `InputError` becomes one line on stderr and exit code 2."""
+    """Wrap a script's `main`: an `InputError` or `OSError` becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except InputError as error:
+        except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
 

@@ -6,6 +6,7 @@ Inception.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from util.download import RemoteFile, download
+from util.download import download
 from util.errors import InputError, why_unreadable
 from util.machine import ROOT, weights_digest
 from util.weights import load_weights
@@ -26,22 +27,18 @@ FEATURES_DIMS = {"inception": 2048, "fashion": 128}  # features per image, by th
 DINOV2_DIM = 1024
 CLASSIFIER_PATH = ROOT / "pretrained_models" / "fashion_classifier.safetensors"
 PIXEL_MEAN, PIXEL_STD = 0.286, 0.353  # of Fashion-MNIST's 28 x 28 training images, in [0, 1]
-OLDEST_VERSION = "0.4.0"  # of torch-fidelity; earlier ones, 0.4.0-beta included, exchange precision and recall
 
 
 def import_torch_fidelity() -> Any:
-    """Import torch-fidelity. Raises InputError if it is too old, or if it cannot be imported."""
-    try:
+    """Import torch-fidelity. Raises InputError if it is too old, or if it cannot be imported.
+
+    Versions before 0.4.0, 0.4.0-beta included, exchange precision and recall.
+    """
+    with contextlib.suppress(Exception):  # an old version meets a recent PyTorch
         module = importlib.import_module("torch_fidelity")
-        found = module.__version__
-        if TorchVersion(found) >= OLDEST_VERSION:
+        if TorchVersion(module.__version__) >= "0.4.0":
             return module
-    except Exception as error:  # an old version meets a recent PyTorch
-        found = f"one that cannot be imported ({why_unreadable(error)})"
-    raise InputError(
-        f"scores need torch-fidelity {OLDEST_VERSION} or later, not a pre-release, and this environment has {found}; "
-        f"run `pip install --upgrade 'torch-fidelity>={OLDEST_VERSION}'`"
-    )
+    raise InputError("scores need torch-fidelity 0.4.0 or later: run `pip install --upgrade 'torch-fidelity>=0.4.0'`")
 
 
 class Extractor:
@@ -80,48 +77,42 @@ def load_extractor(
     Args:
         name:         "inception": torch-fidelity's "inception-v3-compat", the standard for FID and Inception Score.
                       "fashion": `FashionClassifier`, for images of 32 x 32 pixels.
-        weights_path: its weights. Default: the shipped classifier; for Inception, torch-fidelity's file in PyTorch's
-                      hub folder, which is downloaded (95 MB) if it is missing. Let one process load it first.
-        with_dinov2:  also load DINOv2 from PyTorch's hub folder, which fetches it if it is missing.
+        weights_path: its weights. Default: the shipped classifier; for Inception, the file in PyTorch's hub folder,
+                      which is downloaded (95 MB) if it is missing. Let one process load it first.
+        with_dinov2:  also load DINOv2, by PyTorch's hub.
 
-    Raises:
-        InputError: weights are missing and cannot be downloaded, are damaged, could run code, or do not fit.
+    Raises InputError if weights cannot be downloaded, are damaged, could run code, or do not fit.
     """
-    if name == "fashion":
-        network: nn.Module = load_classifier(weights_path or CLASSIFIER_PATH)
-    else:
-        network = _load_inception(weights_path)
-    return Extractor(name, network, device, _load_dinov2() if with_dinov2 else None)
+    torch_fidelity, dinov2 = import_torch_fidelity(), None
+    try:
+        if name == "fashion":
+            network: nn.Module = load_classifier(weights_path or CLASSIFIER_PATH)
+        else:
+            network = _load_inception(weights_path)
+        if with_dinov2:
+            dinov2 = torch_fidelity.FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file, or the code that PyTorch's hub runs, can fail in any way
+        raise InputError(
+            f"a network for scores cannot be loaded ({why_unreadable(error)}): run the command where GitHub can be "
+            f"reached and copy PyTorch's hub folder, {torch.hub.get_dir()}, or name Inception's {INCEPTION_FILE} of "
+            "torch-fidelity's release with --inception_weights"
+        ) from None
+    return Extractor(name, network, device, dinov2)
 
 
 def _load_inception(weights_path: Path | None) -> nn.Module:
-    network_class = import_torch_fidelity().FeatureExtractorInceptionV3
     path = weights_path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)  # where torch-fidelity looks
-    try:
-        if weights_path is None:
-            download(RemoteFile(INCEPTION_URL, str(path), 95e6), path)
-        # torch-fidelity unpickles its file without a check, so it gets a copy of the checked tensors.
-        checked = io.BytesIO()
-        torch.save(torch.load(path, map_location="cpu", weights_only=True), checked)
-        checked.seek(0)
-        options = {"feature_extractor_weights_path": checked}
-        return network_class("inception-v3-compat", ["2048", "logits_unbiased"], **options)
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise InputError(
-            f"Inception's weights cannot be loaded from {path} ({why_unreadable(error)}): get {INCEPTION_FILE} from "
-            f"torch-fidelity's release, {INCEPTION_URL}, and name it with --inception_weights"
-        ) from None
-
-
-def _load_dinov2() -> nn.Module:
-    try:
-        return import_torch_fidelity().FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])
-    except Exception as error:  # PyTorch's hub runs the repository's code, which can fail in any way
-        raise InputError(
-            f"--fd_dinov2 needs a network that could not be loaded ({why_unreadable(error)}): run "
-            "torch.hub.load('facebookresearch/dinov2', 'dinov2_vitl14') where GitHub can be reached and copy PyTorch's "
-            f"hub folder, {torch.hub.get_dir()}, or leave the flag out"
-        ) from None
+    if weights_path is None:
+        download(INCEPTION_URL, path)
+    # torch-fidelity unpickles its file without a check, so it gets a copy of the checked tensors.
+    checked = io.BytesIO()
+    torch.save(torch.load(path, map_location="cpu", weights_only=True), checked)
+    checked.seek(0)
+    return import_torch_fidelity().FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
+    )
 
 
 class FashionClassifier(nn.Module):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-from util.errors import InputError
 
 
 @contextlib.contextmanager
@@ -36,17 +33,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be written at `path`: before the work rather than after it."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error}): name another file.") from None
 
 
 def file_digest(path: str | os.PathLike) -> str:

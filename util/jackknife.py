@@ -19,10 +19,9 @@ class Spread(NamedTuple):
 
 
 def groups_of_images(labels: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return a group number [N] for each image, given the classes [N]: the images of a class take turns.
+    """Return a group number [N] for each image, given the classes [N], so that groups share each class evenly.
 
-    All groups have the same number of images, and of images of each class, up to one. Each image has its own random
-    seed, so groups of images are as independent as runs with different seeds.
+    Each image has its own random seed, so groups of images are as independent as runs with different seeds.
     """
     groups = np.empty(len(labels), int)
     groups[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % GROUPS

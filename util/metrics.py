@@ -9,7 +9,7 @@ images are made, and a reference file: mean and covariance of the real images' f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,8 +85,7 @@ class Statistics:
         if faults:
             raise InputError(
                 f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one with `python score.py "
-                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`, of ADM's reference images "
-                "(VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion) or others"
+                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`"
             )
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)
@@ -104,12 +103,10 @@ class Number(NamedTuple):
 
     label: str  # in tables
     key: str
-    std_key: str = ""  # key of its standard deviation, if there is one
     digits: int = 4  # printed after the point
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A score of a set of images against a reference.
 
     `measure` maps the statistics of the images and of the reference to values by their keys.
@@ -148,31 +145,26 @@ def _kid(own: Statistics, reference: Statistics) -> dict[str, float]:
 
 
 METRICS = {
-    "fid": Metric(
-        numbers=(Number("FID", "frechet_inception_distance"),),
-        measure=_frechet_distance,
-    ),
+    "fid": Metric((Number("FID", "frechet_inception_distance"),), _frechet_distance),
     "inception_score": Metric(
-        numbers=(Number("Inception Score", "inception_score_mean", "inception_score_std"),),
-        measure=_inception_score,
-        least=INCEPTION_SPLITS,
+        (Number("Inception Score", "inception_score_mean"),), _inception_score, least=INCEPTION_SPLITS
     ),
     "precision_recall": Metric(
-        numbers=(Number("precision", "precision"), Number("recall", "recall")),
-        measure=_precision_recall,
+        (Number("precision", "precision"), Number("recall", "recall")),
+        _precision_recall,
         least=NEIGHBORS + 1,
         help=f"also compute precision and recall, by {NEIGHBORS} nearest neighbors; needs features of the reference",
         needs=("features",),
     ),
     "kid": Metric(
-        numbers=(Number("KID", "kernel_inception_distance_mean", "kernel_inception_distance_std", digits=6),),
-        measure=_kid,
+        (Number("KID", "kernel_inception_distance_mean", digits=6),),
+        _kid,
         help="also compute the Kernel Inception Distance; needs features of the reference",
         needs=("features",),
     ),
     "fd_dinov2": Metric(
-        numbers=(Number("FD-DINOv2", "fd_dinov2"),),
-        measure=_fd_dinov2,
+        (Number("FD-DINOv2", "fd_dinov2"),),
+        _fd_dinov2,
         help="also compute the Frechet distance on features of DINOv2 (ViT-L/14); PyTorch's hub fetches the network "
         "from GitHub's facebookresearch/dinov2, code included",
         needs=("dinov2_mu", "dinov2_sigma"),
@@ -187,7 +179,6 @@ def score(
     *,
     labels: Sequence[int] | None = None,
     standard_errors: bool = False,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Score images as `torch_fidelity.calculate_metrics` does.
 
@@ -198,45 +189,32 @@ def score(
         labels:          the images' classes, which the groups of the standard errors share evenly; None: not known.
         standard_errors: also estimate the standard error of each score, by the jackknife over groups of images.
 
-    Returns the scores as `metrics.json` holds them: by name, None if there are too few images, with "notes" and, if
-    wanted, "standard_errors".
+    Returns the scores as `metrics.json` holds them: by name, None if there are too few images; and "standard_errors".
 
     Raises InputError if an output is not finite.
     """
     num_images = len(outputs["features"])
     own = Statistics.from_features(**outputs, keep=num_images) if num_images > 1 else None
     scores: dict[str, Any] = {}
-    notes = []
-    if num_images <= len(reference.mu):
-        notes.append(
-            f"{num_images} images do not determine the covariance of {len(reference.mu)} features: FID is far too "
-            "high, and compares only with that of as many images"
-        )
     wanted = [metric for name, metric in METRICS.items() if name in metrics or not metric.help]
-    for metric in tqdm(wanted, desc="scores", leave=False, disable=not progress):
-        values: Mapping[str, float] = {}
+    for metric in tqdm(wanted, desc="scores", leave=False, disable=None):
         sample = reference.features if "features" in metric.needs else None
         count = num_images if sample is None else min(num_images, len(sample))
         if own is None or count < metric.least:
-            notes.append(f"{metric.numbers[0].label} takes at least {metric.least} images")
+            scores.update({number.key: None for number in metric.numbers})
         else:
-            values = metric.measure(own, reference)
-        for number in metric.numbers:
-            scores.update({key: values.get(key) for key in (number.key, number.std_key) if key})
+            scores.update(metric.measure(own, reference))
     if standard_errors:
         keys = [number.key for number, value in read_scores(scores).items() if value is not None]
-        groups = groups_of_images(np.random.RandomState(0).permutation(num_images) if labels is None else labels)
 
         def measure(chosen: np.ndarray) -> list[float]:
             part = {name: values[torch.from_numpy(chosen)] for name, values in outputs.items()}
             of_part = scores if chosen.all() else score(part, reference, metrics)
-            bar.update()
             return [of_part[key] for key in keys]
 
-        with tqdm(total=1 + GROUPS, desc="standard errors", disable=not progress) as bar:
-            spreads = jackknife(measure, groups)
-        scores["standard_errors"] = {key: spread.error for key, spread in zip(keys, spreads)}
-    return {**scores, "notes": notes}
+        groups = groups_of_images(np.random.RandomState(0).permutation(num_images) if labels is None else labels)
+        scores["standard_errors"] = {key: spread.error for key, spread in zip(keys, jackknife(measure, groups))}
+    return scores
 
 
 def read_scores(metrics: Mapping[str, Any]) -> dict[Number, float | None]:
@@ -246,14 +224,13 @@ def read_scores(metrics: Mapping[str, Any]) -> dict[Number, float | None]:
 
 
 def score_table(scores: Mapping[str, Any], extractor: str) -> str:
-    """Write scores for a person to read, a line each, then the notes."""
+    """Write scores for a person to read, a line each."""
     lines = [f"features: {'Inception' if extractor == 'inception' else 'Fashion-MNIST classifier, not Inception'}"]
     for number, value in read_scores(scores).items():
-        known = [part for part in (value, scores.get(number.std_key)) if part is not None]
-        line = f"{number.label:16s} " + (" ± ".join(f"{part:.{number.digits}f}" for part in known) or "-")
+        line = f"{number.label:16s} " + ("too few images" if value is None else f"{value:.{number.digits}f}")
         error = scores.get("standard_errors", {}).get(number.key)
         lines.append(line if error is None else f"{line} (standard error {error:.4g})")
-    return "\n".join([*lines, *(f"note: {note}" for note in scores["notes"])])
+    return "\n".join(lines)
 
 
 def add_metric_flags(parser: argparse.ArgumentParser, *, standard_errors: bool = True) -> None:
@@ -271,8 +248,3 @@ def metrics_from_flags(args: argparse.Namespace) -> tuple[str, ...]:
     if getattr(args, "score", True):  # of eval.py
         import_torch_fidelity()
     return tuple(name for name, metric in METRICS.items() if metric.help and getattr(args, name))
-
-
-def need_dinov2(metrics: Iterable[str]) -> bool:
-    """Return whether one of the metrics is of DINOv2's features."""
-    return any("dinov2_mu" in METRICS[name].needs for name in metrics)

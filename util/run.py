@@ -24,7 +24,7 @@ from util.files import atomic_write, file_digest
 from util.folder import Batch, RunFolder, check_folder, open_folder
 from util.images import encode_png, image_grid
 from util.memory import out_of_memory_explained
-from util.metrics import Statistics, need_dinov2, score, score_table
+from util.metrics import Statistics, score, score_table
 from util.options import Options, describe_method
 from util.processes import GO_ON, Job
 from util.weights import find_weights
@@ -119,7 +119,6 @@ class Run:
             self.options.metrics,
             labels=self.folder.labels,
             standard_errors=self.options.standard_errors,
-            progress=True,
         )
         path = self.options.statistics
         return {
@@ -150,7 +149,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
         check_folder(options.output_dir, settings)  # before the work that digests and networks take
     reference, extractor = None, None
     if options.score:
-        features, with_dinov2 = options.preset.features, need_dinov2(options.metrics)
+        features, with_dinov2 = options.preset.features, "fd_dinov2" in options.metrics
         reference = Statistics.load(options.statistics, FEATURES_DIMS[features], options.metrics)
         load = partial(load_extractor, features, options.inception_weights, device, with_dinov2=with_dinov2)
         extractor = job.in_turn(load)

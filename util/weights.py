@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from util.errors import InputError, why_unreadable
 from util.files import atomic_write
 from util.machine import choose_device, choose_dtype
 
-EMA_ENTRIES = ("model_ema", "ema")  # of a training checkpoint, the preferred one first
-WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)*")  # of DistributedDataParallel and torch.compile
+EMA_ENTRIES = ("model_ema", "ema")
+ENTRIES = (*EMA_ENTRIES, "model", "state_dict")  # of a training checkpoint, the preferred one first
+WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
 
 
 class Ignored:
@@ -71,8 +73,9 @@ def load_model(
     device = choose_device("auto") if device is None else torch.device(device)
     dtype = choose_dtype("auto", device) if dtype is None else dtype
     path = weights or PRESETS[name].checkpoint
-    if not load_weights(model, path, what=name, device=device) and PRESETS[name].ema_expected:
-        _print_once(
+    is_ema = load_weights(model, path, what=name, device=device)
+    if PRESETS[name].ema_expected and not is_ema and os.environ.get("RANK", "0") == "0":
+        print(
             f"note: nothing says that {path} holds EMA weights, which the published scores are of; other weights "
             "score much worse, and the official checkpoints hold both"
         )
@@ -91,11 +94,6 @@ def _ready(model: MAR, vae: Any, dtype: torch.dtype) -> tuple[MAR, AutoencoderKL
     return model, for_inference(vae, dtype)
 
 
-def _print_once(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
 def load_weights(
     module: nn.Module,
     path: str | os.PathLike,
@@ -106,51 +104,42 @@ def load_weights(
 ) -> bool:
     """Fill `module` with the weights of a file, all of them or none.
 
-    The file is a PyTorch checkpoint (`.pth`, `.ckpt`) or a `.safetensors` file; its content decides, not its name. It
-    holds a state dict, or a training checkpoint with state dicts of which EMA weights are preferred. A prefix that a
-    wrapper of PyTorch has put before every name is removed. The peak of memory is the module itself and one tensor.
+    The file is a PyTorch checkpoint (`.pth`, `.ckpt`) or a `.safetensors` file. It holds a state dict, or a training
+    checkpoint with state dicts of which EMA weights are preferred. Prefixes of PyTorch's wrappers are removed. On the
+    meta device, the peak of memory is the module itself and one tensor.
 
     Args:
         module:          the network, on any device.
         path:            file, or folder with `checkpoint-last.pth` or `checkpoint-last.safetensors`.
         what:            what the weights are for, in messages: "mar_huge", "the VAE".
         ignore_prefixes: entries that may be in the file and are not read, such as ["loss."].
-        device:          default: where `module` is, or the CPU if that is the meta device.
+        device:          where the weights go; default: where `module` is.
 
     Returns whether the entry's name or the file's metadata say that these are EMA weights.
 
-    Raises InputError if the file is missing, unreadable or damaged, could run code, has other names or shapes, or holds
-    numbers that are not finite.
+    Raises InputError if the file is missing, unreadable or damaged, could run code, or does not fit the network.
     """
     path, expected = find_weights(path, what), module.state_dict()
     contents, metadata = _read(path)
-    entry, tensors = _select_entry(path, what, contents, expected)
+    entry = next((name for name in ENTRIES if isinstance(contents.get(name), dict)), None)
+    state = contents if entry is None else contents[entry]
+    tensors = {WRAPPER_PREFIX.sub("", str(name)): value for name, value in state.items()}
     tensors = {name: value for name, value in tensors.items() if not name.startswith(tuple(ignore_prefixes))}
     _check_fit(path, what, expected, tensors)
-
-    is_meta = any(value.is_meta for value in expected.values())
-    if is_meta:  # the copies become the module's, and do not depend on the mapped file, which may change while we run
-        settings = {"copy": True, "memory_format": torch.contiguous_format}
-        tensors = {n: v.to(device or "cpu", expected[n].dtype, **settings) for n, v in tensors.items()}
-    elif device is not None:
-        module.to(device)
-    module.load_state_dict(tensors, assign=is_meta)
+    # Copies do not depend on the mapped file, which may change while we run.
+    settings = {"copy": True, "memory_format": torch.contiguous_format}
+    copies = {n: tensors[n].to(device or value.device, value.dtype, **settings) for n, value in expected.items()}
+    module.load_state_dict(copies, assign=any(value.is_meta for value in expected.values()))
     return entry in EMA_ENTRIES or metadata.get("weights") == "EMA"
 
 
 def save_safetensors(
     state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors, from any device, and the strings of `metadata` to a `.safetensors` file, atomically.
-
-    Raises InputError if the file cannot be written.
-    """
+    """Write tensors, from any device, and the strings of `metadata` to a `.safetensors` file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    try:
-        with atomic_write(path) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata=dict(metadata))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    with atomic_write(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata=dict(metadata))
 
 
 def find_weights(path: str | os.PathLike, what: str) -> Path:
@@ -158,105 +147,67 @@ def find_weights(path: str | os.PathLike, what: str) -> Path:
 
     Raises InputError if there is no such file, or if it is empty, a Git LFS pointer or a web page.
     """
-    file = Path(path)
+    file, head = Path(path), b""
     if file.is_dir():
         candidates = [file / "checkpoint-last.pth", file / "checkpoint-last.safetensors"]
         file = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-    way_out = download_command(file) or "get it there (a Dropbox link must end in dl=1, Git LFS takes `git lfs pull`)"
-    try:
+    if file.is_file():
         with file.open("rb") as stream:
             head = stream.read(512)
-    except OSError:
-        raise InputError(f"no weights for {what}: {file} does not exist or cannot be read; {way_out}") from None
     if not head or is_placeholder(head):
-        raise InputError(f"{file} is empty, a web page or a Git LFS pointer; delete it and {way_out}")
+        way_out = download_command(file) or "get it again (a Dropbox link must end in dl=1, Git LFS takes git lfs pull)"
+        raise InputError(
+            f"no weights for {what}: {file} does not exist, is empty, or is a web page or Git LFS pointer; {way_out}"
+        )
     return file
 
 
 def _read(path: Path) -> tuple[dict, Mapping[str, str]]:
     """Return what a PyTorch or safetensors file holds, and its metadata; tensors stay in the mapped file until used."""
-    with path.open("rb") as file:
-        head = file.read(9)
     try:
-        if head[8:] == b"{":  # safetensors: 8 bytes of length, then JSON
+        if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
         with torch.serialization.safe_globals(IGNORED):
-            contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+            contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if not isinstance(contents, dict):
             raise TypeError(f"it holds a {type(contents).__name__}")
         return contents, {}
     except Exception as error:  # a damaged file can fail anywhere in the reader
         refused = re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error))
-        reason = f"is truncated, damaged or no checkpoint at all ({why_unreadable(error)})"
-        way_out = f"delete it and {download_command(path) or 'get it again'}"
+        reason = f"is truncated, damaged or no checkpoint at all ({why_unreadable(error)}); get it again"
         if refused is not None:
-            reason = f"refers to {refused[1].rstrip('.')}, which could run code, and is not loaded"
-            way_out = "where it was made, save the weights alone: torch.save({'model_ema': state_dict}, FILE)"
-        raise InputError(f"{path} {reason}; {way_out}") from error
-
-
-def _select_entry(path: Path, what: str, contents: dict, expected: Mapping[str, Any]) -> tuple[str | None, dict]:
-    """Return the state dict in a file, and the name of its entry unless it is the whole file.
-
-    Prints which entry was taken and which prefix was removed from its names. Raises InputError if there is no state
-    dict, or if several could be meant and none is named as EMA weights.
-    """
-    found = {}
-    for entry, value in [(None, contents), *contents.items()]:
-        if isinstance(value, dict):
-            prefixes = {WRAPPER_PREFIX.findall(str(name))[0] for name in value}
-            prefix = prefixes.pop() if len(prefixes) == 1 else ""
-            tensors = {str(name).removeprefix(prefix): tensor for name, tensor in value.items()}
-            if not expected.keys().isdisjoint(tensors):
-                found[entry] = tensors, prefix
-    chosen = next((entry for entry in (*EMA_ENTRIES, *found) if entry in found), None)
-    if not found:
-        held = _listed([str(name) for name in contents]) or "nothing"
-        raise InputError(f"{path} does not fit {what}: it holds {held}; name a file with weights for {what}")
-    if len(found) > 1 and chosen not in EMA_ENTRIES:
-        raise InputError(f"{path} holds several sets of weights ({', '.join(map(str, found))}); save one of them alone")
-    tensors, prefix = found[chosen]
-    if chosen or prefix:
-        removed = f", without the prefix {prefix}" if prefix else ""
-        _print_once(f"weights for {what}: {chosen or 'all'} of {path}{removed}")
-    return chosen, tensors
+            reason = (
+                f"refers to {refused[1].rstrip('.')}, which could run code, and is not loaded; where it was made, save "
+                "the weights alone: torch.save({'model_ema': state_dict}, FILE)"
+            )
+        raise InputError(f"{path} {reason}") from error
 
 
 def _check_fit(path: Path, what: str, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, Any]) -> None:
     """Raise InputError unless names and shapes are those of the network, and the values finite plain tensors."""
-    faults = {}
-    for name in {**expected, **tensors}:
-        found, wanted = _kind(tensors.get(name)), _kind(expected.get(name))
-        if found != wanted:
-            faults[name] = f"{found} instead of {wanted} in {name}"
-    if faults:
-        preset = _identify(tensors)
-        class_shape: Sequence[int] = getattr(tensors.get("class_emb.weight"), "shape", ())
-        verdict = f"does not fit {what}" if preset in (None, what) else f"holds weights of {preset}, not of {what}"
-        way_out = "name the file and the model that belong together"
-        if list(faults) == ["class_emb.weight"] and len(class_shape) == 2:
-            way_out = f"give --class_num {class_shape[0]} if it has that many classes"
-        raise InputError(f"{path} {verdict}: it has {_listed(list(faults.values()))}; {way_out}")
-    broken = [name for name in expected if not torch.stack(tensors[name].aminmax()).isfinite().all()]
-    if broken:
-        raise InputError(f"{path} holds numbers that are not finite, in {_listed(broken)}; get other weights")
+    misfits = [name for name in {**expected, **tensors} if _kind(tensors.get(name)) != _kind(expected.get(name))]
+    misfits = misfits or [name for name in expected if not torch.stack(tensors[name].aminmax()).isfinite().all()]
+    if not misfits:
+        return
+    preset, class_shape = _identify(tensors), _kind(tensors.get("class_emb.weight"))[1]
+    verdict = f"does not fit {what}" if preset in (None, what) else f"holds weights of {preset}, not of {what}"
+    way_out = "name the file and the model that belong together"
+    if misfits == ["class_emb.weight"] and class_shape:
+        way_out = f"give --class_num {class_shape[0]} if it has that many classes"
+    raise InputError(
+        f"{path} {verdict}: missing, unknown, not finite, or of another shape or type: {', '.join(misfits[:2])} "
+        f"({len(misfits)} in all); it holds {', '.join([*tensors][:2]) or 'nothing'}; {way_out}"
+    )
 
 
-def _kind(value: object) -> str:
-    """Describe an entry of a state dict. One of a file fits where its description is the same as the network's."""
-    if value is None:
-        return "nothing"
+def _kind(value: object) -> tuple[Any, tuple[int, ...]]:
+    """Return type and shape of an entry of a state dict, both of which have to be the network's."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        return "no dense tensor"
+        return type(value), ()
     is_float = value.is_floating_point() and value.itemsize > 1  # 8-bit floats need a scale
-    return f"{'floats' if is_float else value.dtype} {list(value.shape)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(names[:2]) + more
+    return "floats" if is_float else value.dtype, tuple(value.shape)
 
 
 def _identify(tensors: Mapping[str, Any]) -> str | None:
