@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from argparse import BooleanOptionalAction
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,91 +23,71 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import profile
 from tqdm import tqdm
 
-from models import MAR, PRESETS, AutoencoderKL, Sampler
+from models import MAR, PRESETS, Plan, Sampler
 from models.lazymar.flops import Flops
 from util.cli import Parser, number
 from util.errors import exits_cleanly
-from util.files import atomic_write
-from util.images import decode
+from util.files import atomic_write, check_writable
 from util.machine import DTYPES, choose_device, choose_dtype, describe, dtype_name, processor_name
-from util.options import Options, parse_options
+from util.options import parse_options
 from util.study import method_flags
 from util.weights import random_model
 
-Row = dict[str, Any]  # a method's measurement, as `--output` writes it
 LINE = (
     "{model:10s} batch {batch_size:<4d}steps {num_iter:<4d}{dtype:9s} {method:16s} {seconds:8.3f} s/image "
-    "({fastest:.3f} to {slowest:.3f})  x{times_faster:5.2f}  {tflops[total]:7.3f} TFLOPs ({tflops[encoder]:.3f} + "
-    "{tflops[decoder]:.3f} + {tflops[head]:.3f}), {share_of_peak:4.0%} of peak"
-    "  VAE {vae_seconds:.3f} s  {peak_gb:.1f} GB"
+    "({fastest:.3f} to {slowest:.3f})  x{times_faster:5.2f}  {tflops:7.3f} TFLOPs"
 )
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    methods: dict[tuple[str, int], dict[str, Options]] = defaultdict(dict)
-    for model, num_iter, name in product(args.models, args.num_iter, args.method):
-        flags = [f"--model={model}", "--no-score", *method_flags(name, num_iter, args.num_sampling_steps)]
-        methods[model, num_iter][name] = parse_options(flags)
+    options = {}
+    for model, num_iter, method in product(args.models, args.num_iter, args.method):
+        flags = [f"--model={model}", "--no-score", *method_flags(method, num_iter, args.num_sampling_steps)]
+        options[model, num_iter, method] = parse_options(flags)
     device = choose_device(args.device)
-    environment, results = describe(device), list[Row]()
-    title = f"{processor_name(device)}, PyTorch {environment['torch']}"
-    print(f"{title}; random weights; TFLOPs of encoder + decoder + head")
-    for dtype, name in product(dict.fromkeys(choose_dtype(name, device) for name in args.dtypes), args.models):
+    results: list[dict[str, Any]] = []
+    print(f"{processor_name(device)}, PyTorch {torch.__version__}; random weights; the VAE is not timed")
+    for dtype, model in product(dict.fromkeys(choose_dtype(name, device) for name in args.dtypes), args.models):
         rate = matmul_rate(device, dtype)
         print(f"{dtype_name(dtype)}: matmuls at {rate / 1e12:.2f} TFLOP/s", flush=True)
-        networks = random_model(name, device, dtype)
+        network, _ = random_model(model, device, dtype)
         for batch_size, num_iter in product(args.batch_sizes, args.num_iter):
-            setting = {"model": name, "batch_size": batch_size, "dtype": dtype_name(dtype), "matmul_rate": rate}
-            rows = [{**setting, **row} for row in measure(*networks, methods[name, num_iter], batch_size, rate, args)]
-            print("\n".join(LINE.format(**row) for row in rows), flush=True)
-            results += rows
+            setting = {"model": model, "batch_size": batch_size, "dtype": dtype_name(dtype), "matmul_rate": rate}
+            plans = {method: options[model, num_iter, method].plan for method in args.method}
+            seconds = measure(network, plans, batch_size, args)
+            for method, times in seconds.items():
+                row = {
+                    **setting,
+                    "method": method,
+                    "num_iter": len(plans[method]),
+                    "seconds": median(times),
+                    "fastest": min(times),
+                    "slowest": max(times),
+                    "times_faster": median(seconds[args.method[0]]) / median(times),
+                    "tflops": Flops.of_steps(options[model, num_iter, method].flops).total / 1e12,
+                }
+                print(LINE.format(**row), flush=True)
+                results.append(row)
             if args.output:
-                content = {"title": title, "environment": environment, "results": results}
                 with atomic_write(args.output) as partial_file:
+                    content = {"environment": describe(device), "results": results}
                     partial_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-@torch.inference_mode()
-def measure(
-    model: MAR, vae: AutoencoderKL, methods: dict[str, Options], batch_size: int, rate: float, args: argparse.Namespace
-) -> Iterator[Row]:
-    """Time the methods in turns, and the VAE. Seconds and FLOPs are per image, those of the methods without the VAE.
-
-    `times_faster` than the first method; `peak_gb` of the process so far: to see what a method takes, time it alone.
-    """
+def measure(model: MAR, plans: Mapping[str, Plan], batch_size: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds per image of each run, by method; the methods take turns."""
     labels, device = torch.arange(batch_size) % model.class_num, model.mask_token.device
-    samplers = {name: Sampler(model, options.plan, cuda_graphs=args.cuda_graphs) for name, options in methods.items()}
+    samplers = {name: Sampler(model, plan, cuda_graphs=args.cuda_graphs) for name, plan in plans.items()}
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     for sampler in samplers.values():
         sampler.warm_up(batch_size)
     for name, sampler in tqdm(list(samplers.items()) * args.repeats, leave=False):
         seconds[name].append(timed(partial(sampler, labels), device) / batch_size)
-    if args.profile:
-        with profile() as profiler:
-            timed(partial(sampler, labels), device)
-        print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15))
-    latents = sampler.empty_latents(batch_size).normal_()
-    vae_seconds = min(timed(partial(decode, vae, latents), device) for _ in range(2)) / batch_size
-    first = median(seconds[next(iter(seconds))])
-    for name, times in seconds.items():
-        flops = Flops.of_steps(methods[name].flops)
-        yield {
-            "method": name,
-            "num_iter": len(samplers[name].plan),
-            "seconds": median(times),
-            "fastest": min(times),
-            "slowest": max(times),
-            "times_faster": first / median(times),
-            "vae_seconds": vae_seconds,
-            "tflops": {part: count / 1e12 for part, count in {"total": flops.total, **flops._asdict()}.items()},
-            "share_of_peak": flops.total / median(times) / rate,
-            "peak_gb": peak_memory(device) / 1e9,
-        }
+    return seconds
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -132,13 +110,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has had so far: on a GPU what PyTorch reserved, on a CPU in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # fmt: off
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, usage="%(prog)s [flags]")
@@ -153,9 +124,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
     add("--cuda_graphs", action=BooleanOptionalAction, default=True, help="on GPUs, replay captured CUDA graphs")
     add("--repeats", type=number(int, 1), default=3, metavar="N", help="runs of each method; the median counts")
-    add("--profile", action="store_true", help="also print which operators take longest in the last method")
     add("--output", type=Path, metavar="FILE", help="write all measurements there (JSON)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output:
+        check_writable(args.output)
+    return args
 # fmt: on
 
 

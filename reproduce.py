@@ -33,16 +33,12 @@ from util.metrics import Statistics, add_metric_flags, metrics_from_flags
 from util.options import Options
 from util.processes import Job, launch
 from util.report.page import write_page
-from util.report.paper import TABLE, UNKNOWN
-from util.study import ABLATIONS, METHODS_COMPARED, SMALL_MODEL, ablations_of, runs_of
+from util.report.paper import TABLE
+from util.study import ABLATIONS, METHODS_COMPARED, SMALL_MODEL, runs_of
 from util.weights import find_weights, load_model
 
 # Share of the matmul rate that sampling reaches, roughly, by bytes per number: small operations cost bfloat16 more.
 SHARES_OF_RATE = {2: 0.3, 4: 0.5, 8: 0.5}
-COSTS = (
-    "model       method                      images refresh lazy    rows  TFLOPs     hours paper: TFLOPs "
-    "  code    FID     IS"
-)
 
 
 def main(job: Job) -> None:
@@ -111,18 +107,22 @@ def print_costs(runs: list[Options], device: torch.device, dtype: torch.dtype, n
     """Print what each run costs beside the paper's figures, and how long the study takes."""
     rate, total = matmul_rate(device, dtype) * SHARES_OF_RATE[dtype.itemsize], 0.0
     print(f"{machine.processor_name(device)}, {machine.dtype_name(dtype)}, {num_processes} process(es)")
-    print(f"Hours are estimates at {rate / 1e12:.2f} TFLOP/s per process, without decoding and scoring.\n{COSTS}")
+    print(f"Hours are estimates at {rate / 1e12:.2f} TFLOP/s per process, without decoding and scoring.")
+    print(
+        "model       method                      images refresh lazy    rows  TFLOPs     hours "
+        " paper: TFLOPs  code    FID      IS"
+    )
     for options in runs:
         plan, flops = options.plan, Flops.of_steps(options.flops).total
-        kept = [step.num_recomputed for step in plan if not step.refresh]
-        rows = f"{kept[0]}-{kept[-1]}" if kept else "all"
+        lazy = [step.num_recomputed for step in plan if not step.refresh]
+        rows = f"{lazy[0]}-{lazy[-1]}" if lazy else "all"
         hours = flops * options.num_images / rate / num_processes / 3600
         total += hours
-        paper = TABLE.get((options.model, options.method_name), UNKNOWN)
+        published = TABLE.get((options.model, options.method_name), ())[2:]
         print(
-            f"{options.model:11s} {options.method_name:26s} {options.num_images:7,d} {len(plan) - len(kept):7d} "
-            f"{len(kept):4d} {rows:>7s} {flops / 1e12:7.3f} {hours:9.2f} {paper.tflops:13.2f} "
-            f"{paper.counted_tflops:6.2f} {paper.fid:6.2f} {paper.inception_score:6.1f}".replace("nan", "  –"),
+            f"{options.model:11s} {options.method_name:26s} {options.num_images:7,d} {len(plan) - len(lazy):7d} "
+            f"{len(lazy):4d} {rows:>7s} {flops / 1e12:7.3f} {hours:9.2f}     ",
+            "".join(f"{figure:8.2f}" for figure in published),
             flush=True,
         )
     for model, reason in missing_files(runs).items():
@@ -161,8 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.metrics = () if args.dry_run else metrics_from_flags(args)
     args.models = [model for model in PRESETS if model in args.models]
     args.method = [name.lower() for name in args.method if name != "none"]
-    chosen = [name for name in ABLATIONS if {name, "all"} & set(args.ablations)]
-    args.ablations = ablations_of(chosen, args.num_iter)
+    args.ablations = {name: group for name, group in ABLATIONS.items() if {name, "all"} & set(args.ablations)}
     return args
 # fmt: on
 

@@ -26,7 +26,7 @@ from util import metrics
 from util.cli import Parser, number
 from util.errors import InputError, exits_cleanly
 from util.extractors import FEATURES_DIMS, INCEPTION_FILE, Extractor, load_extractor
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 from util.image_sets import ImageSet, open_images
 from util.machine import choose_device, describe
 from util.metrics import Statistics
@@ -130,6 +130,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.output:
+        check_writable(args.output)
     images = open_images(args.images)
     if images is None:
         raise InputError(f"{args.images} holds no images: name a folder, or an .npz file of images (arr_0, uint8)")

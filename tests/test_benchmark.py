@@ -12,21 +12,18 @@ import benchmark
 def test_a_run_prints_all_methods_and_writes_what_it_measured(tmp_path, capsys):
     output = tmp_path / "speed.json"
     arguments = ["--models", "mar_tiny", "--num_iter", "2", "4", "--num_sampling_steps", "4", "--repeats", "2"]
-    arguments += ["--no-cuda_graphs", "--profile", "--output", str(output)]
+    arguments += ["--no-cuda_graphs", "--output", str(output)]
     assert benchmark.main([*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert " mar " in printed and " lazymar " in printed and "linear" in printed and "TFLOP/s" in printed
+    assert " mar " in printed and " lazymar " in printed and "TFLOP/s" in printed
     results = json.loads(output.read_text())["results"]
     assert [(row["num_iter"], row["method"]) for row in results] == [
         (steps, method) for steps in (2, 4) for method in ("mar", "lazymar")
     ]
     for row in results:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
-        assert row["share_of_peak"] == pytest.approx(
-            1e12 * row["tflops"]["total"] / row["seconds"] / row["matmul_rate"]
-        )
-        assert row["peak_gb"] > 0.1 and row["vae_seconds"] > 0
-    assert results[3]["tflops"]["total"] < results[2]["tflops"]["total"]
+        assert row["matmul_rate"] > 0 and row["num_iter"] in (2, 4)
+    assert results[3]["tflops"] < results[2]["tflops"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +31,8 @@ def test_a_run_prints_all_methods_and_writes_what_it_measured(tmp_path, capsys):
     [
         (["--batch_sizes", "0"], "--batch_sizes"),
         (["--num_iter", "300", "--models", "mar_tiny"], "--num_iter"),
-        (["--method", "mar+lazymar"], "--method"),
+        (["--method", "disa+gtr"], "--method"),
+        (["--output", "tests"], "tests"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(arguments, named, capsys, monkeypatch):

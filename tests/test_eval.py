@@ -94,7 +94,7 @@ def read_metrics(folder: Path) -> dict:
 
 
 def scores(folder: Path) -> dict:
-    return {name: value for name, value in read_metrics(folder).items() if name.startswith(("fid", "isc"))}
+    return {name: value for name, value in read_metrics(folder).items() if name.startswith(("frechet", "inception"))}
 
 
 def assert_same(folder: Path, whole: Path) -> None:

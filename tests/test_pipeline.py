@@ -110,9 +110,9 @@ def test_pixels_outside_the_mask_are_the_originals(pipe, method):
 
 
 def test_known_tokens_are_the_vaes(pipe):
-    tensor = torch.from_numpy(PICTURE).permute(2, 0, 1)[None] / 255
+    tensor = torch.from_numpy(PICTURE).permute(2, 0, 1) / 255
     latents = pipe([7], image=tensor, mask_image=RIGHT, output_type="latent", **QUICK).images
-    expected = pipe.vae.encode(2 * tensor - 1) * PRESETS["mar_tiny"].latent_scale
+    expected = pipe.vae.encode(2 * tensor[None] - 1) * PRESETS["mar_tiny"].latent_scale
     torch.testing.assert_close(latents[..., :8], expected[..., :8], rtol=1e-4, atol=1e-4)
     assert (latents[..., 1:15, 8:] - expected[..., 1:15, 8:]).abs().mean() > 0.01
 
@@ -120,8 +120,8 @@ def test_known_tokens_are_the_vaes(pipe):
 def test_images_and_masks_come_in_many_forms(pipe):
     expected = pipe([7, 2], image=PICTURE, mask_image=RIGHT, **QUICK).images
     tensor = torch.from_numpy(PICTURE).permute(2, 0, 1)
-    images = [PICTURE / 255, PICTURE[None], tensor, tensor[None], [Image.fromarray(PICTURE)], [PICTURE, PICTURE]]
-    masks = [RIGHT > 0, RIGHT / 255, torch.from_numpy(RIGHT), torch.from_numpy(RIGHT)[None, None], RIGHT[..., None]]
+    images = [PICTURE / 255, tensor, Image.fromarray(PICTURE), [PICTURE, tensor]]
+    masks = [RIGHT > 0, RIGHT / 255, torch.from_numpy(RIGHT)]
     for image, mask in [*((image, RIGHT) for image in images), *((PICTURE, mask) for mask in masks)]:
         assert pipe([7, 2], image=image, mask_image=mask, **QUICK).images == expected
     several = [PICTURE, PICTURE[::-1]]
@@ -133,18 +133,18 @@ def test_images_and_masks_come_in_many_forms(pipe):
 # Bad input
 
 BAD_CALLS = [
-    ("labels must be class numbers from 0 to 9, and", {"labels": [7, 10]}),
-    ("labels must be class numbers", {"labels": [0.5]}),
-    ("num_images_per_label at least 1", {"num_images_per_label": 0}),
+    ("class_labels must be from 0 to 9", {"labels": [7, 10]}),
+    ("class_labels must be a LongTensor", {"labels": [0.5]}),
+    ("labels, num_images_per_label and image_numbers", {"num_images_per_label": 0}),
     ("method 'foo' is unknown", {"method": "foo"}),
     ("cfg must be a finite number of at least 1", {"cfg": 0.5}),
     ("output_type must be one of pil, np, pt, latent, not 'jpg'", {"output_type": "jpg"}),
-    ("image_numbers must be 1 numbers, not 2", {"image_numbers": [0, 1]}),
+    ("must make the same images, not 1 and 2", {"image_numbers": [0, 1]}),
     ("image and mask_image must be given together", {"mask_image": None}),
-    ("image must be 32 x 32 pixels, the model's image size, as a tensor", {"image": PICTURE[:30, :28]}),
+    ("image must be 32 x 32 pixels, the model's image size", {"image": PICTURE[:30, :28]}),
     ("image must be 32 x 32 pixels", {"image": PICTURE[..., 0]}),
-    ("image must be one for all labels or one for each, not 2", {"image": [PICTURE, PICTURE]}),
-    ("image must hold integers from 0 to 255, or floats from 0 to 1", {"image": PICTURE.astype(float)}),
+    ("image must be one for all labels, or a list of one for each", {"image": [PICTURE, PICTURE]}),
+    ("integers from 0 to 255, or floats from 0 to 1", {"image": PICTURE.astype(float)}),
     ("mask_image must be 32 x 32 pixels", {"mask_image": PICTURE}),
     ("mask_image must be white where", {"mask_image": np.zeros((32, 32))}),
     ("leave some tokens out", {"mask_image": np.ones((32, 32))}),

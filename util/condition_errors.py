@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from models import MAR, CachePolicy, Sampler, Schedule, make_plan
 from models.lazymar.flops import Flops, flops_per_step
-from models.lazymar.plan import Step
 from models.lazymar.transformer import Transformer
 from util.jackknife import Spread
 
@@ -93,14 +92,11 @@ def measure_policies(
     """Return what JSON can hold of the errors of policies in groups: means with standard errors, by step, and FLOPs."""
     measured: dict[CachePolicy, dict[str, Any]] = {}
     for policy in tqdm({policy for group in policies.values() for policy in group.values()}, desc="condition errors"):
-        plan = make_plan(teacher.schedule, policy, buffer_size=model.buffer_size)
         errors = condition_errors(model, teacher, policy)
-        measured[policy] = {
-            "means": mean_errors(errors),
-            "by_step": np.nanmean(errors, axis=2).tolist(),
-            "refresh_steps": [step.index for step in plan if step.refresh],
-            "flops": Flops.of_steps(flops_per_step(model, plan)).total,
-        }
+        plan = make_plan(teacher.schedule, policy, buffer_size=model.buffer_size)
+        flops = Flops.of_steps(flops_per_step(model, plan)).total
+        by_step = np.nanmean(errors, axis=2).tolist()
+        measured[policy] = {"means": mean_errors(errors), "by_step": by_step, "flops": flops}
     return {name: {label: measured[policy] for label, policy in group.items()} for name, group in policies.items()}
 
 
@@ -125,29 +121,21 @@ def measure_redundancy(model: MAR, teacher: Teacher) -> dict[str, list[list[floa
         for step in plan:
             model(classes, tokens[:, : step.start], positions)
             values = seen["values"][:num_images].unflatten(-1, (pruning.num_heads, -1))
+            before, start, stop = (model.buffer_size + count for count in (step.previous_start, step.start, step.stop))
             if earlier:
                 changed = 1 - F.cosine_similarity(values, earlier[0][0], dim=-1).mean(dim=(0, 2))
-                groups = row_groups(step, model.buffer_size, plan.num_rows)
-                change.append([changed[groups == group].mean().item() for group in range(len(ROW_GROUPS))])
+                first, newest, predicted, last = changed.tensor_split([before, start, stop])
+                change.append([group.mean().item() for group in (newest, predicted, torch.cat([first, last]))])
             for distance, (_, output) in enumerate(earlier):
-                errors[distance].append(reuse_errors(step, seen["output"], output, model.buffer_size))
+                errors[distance].append(reuse_errors(seen["output"][:, start:stop], output[:, start:stop]))
             earlier.appendleft((values, seen["output"]))
     means = [torch.cat(found, dim=1).mean(dim=1).tolist() for found in errors.values()]
     return {"change": change, "errors": means}
 
 
-def row_groups(step: Step, buffer_size: int, num_rows: int) -> Tensor:
-    """Return the index [R] in `ROW_GROUPS` of each row at a step."""
-    groups = torch.full((num_rows,), 2)
-    groups[buffer_size + step.previous_start : buffer_size + step.start] = 0
-    groups[buffer_size + step.start : buffer_size + step.stop] = 1
-    return groups
-
-
-def reuse_errors(step: Step, output: Tensor, earlier: Tensor, buffer_size: int) -> Tensor:
-    """Return relative errors [2, n] of the unconditional output of the rows predicted now, for each of `REUSED`."""
-    predicted = slice(buffer_size + step.start, buffer_size + step.stop)
-    conditional, unconditional = output[:, predicted].chunk(2)
-    old_conditional, old_unconditional = earlier[:, predicted].chunk(2)
+def reuse_errors(output: Tensor, earlier: Tensor) -> Tensor:
+    """Return relative errors [2, n] of the unconditional half of the outputs [2B, k, D], for each of `REUSED`."""
+    conditional, unconditional = output.chunk(2)
+    old_conditional, old_unconditional = earlier.chunk(2)
     reused = torch.stack([conditional + old_unconditional - old_conditional, old_unconditional])
     return ((reused - unconditional).norm(dim=-1) / unconditional.norm(dim=-1)).flatten(1)

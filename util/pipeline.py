@@ -119,9 +119,8 @@ class MARPipeline:
 
         Args:
             labels:               class numbers.
-            image:                to inpaint: a PIL image; an array [H, W, 3] or [N, H, W, 3]; a tensor [3, H, W] or
-                                  [N, 3, H, W]; or a list of them. Integers are from 0 to 255, floats from 0 to 1. One
-                                  for all labels, or one each.
+            image:                to inpaint: a PIL image, an array [H, W, 3] or a tensor [3, H, W] for all labels; or a
+                                  list of one for each label. Integers are from 0 to 255, floats from 0 to 1.
             mask_image:           one mask for all images: a PIL image, an array or a tensor [H, W]. White is repainted;
                                   every other pixel keeps the image's value.
             method:               a `Method` or its name, such as "lazymar" or "fast".
@@ -142,17 +141,17 @@ class MARPipeline:
         start = time.perf_counter()
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
-        class_labels = self._read_labels(labels, num_images_per_label)
+        class_labels = torch.as_tensor(labels).reshape(-1).cpu().repeat_interleave(max(0, num_images_per_label))
         numbers = range(len(class_labels)) if image_numbers is None else image_numbers
-        if len(numbers) != len(class_labels):
-            raise ValueError(f"image_numbers must be {len(class_labels)} numbers, not {len(numbers)}")
+        if not 0 < len(class_labels) == len(numbers):
+            counts = f"{len(class_labels)} and {len(numbers)}"
+            raise ValueError(f"labels, num_images_per_label and image_numbers must make the same images, not {counts}")
         if (image is None) != (mask_image is None):
             raise ValueError("image and mask_image must be given together")
         known = latents = None
         if image is not None:
-            original, repainted, known = self._read_inpainting(
-                image, mask_image, len(class_labels), num_images_per_label
-            )
+            original = self._read_images(image, len(class_labels), num_images_per_label)
+            repainted, known = self._read_mask(mask_image)
             latents = self.encode(original)
         cfg = self.preset.cfg if cfg is None else cfg
         method = with_settings(self.model, method, settings)
@@ -166,7 +165,7 @@ class MARPipeline:
             raise ValueError("the latents are not finite: try dtype=torch.float32, or other weights")
         if output_type != "latent":
             images = retry_eagerly(sampler, self.decode, images)
-            if image is not None:
+            if known is not None:
                 images = torch.where(repainted.to(images.device), images, original.to(images.device))
             images = as_type(images, output_type)
         flops = Flops.of_steps(flops_per_step(self.model, plan))
@@ -177,11 +176,11 @@ class MARPipeline:
     ) -> Callable[[SampledStep], None]:
         """Return a function that counts each step, and calls the callback with what is known after it."""
         model, device = self.model, self.model.mask_token.device
-        is_known = torch.zeros(num_images, model.seq_len, dtype=torch.bool, device=device)
         tokens = torch.zeros(num_images, model.seq_len, model.token_dim, device=device)
+        is_known = torch.zeros(num_images, model.seq_len, dtype=torch.bool, device=device)
         if latents is not None and known is not None:
             is_known |= known.to(device)
-            tokens = model.patchify(latents) * is_known[..., None]
+            tokens += model.patchify(latents) * is_known[..., None]
 
         def on_step(sampled: SampledStep) -> None:
             bar.update()
@@ -194,54 +193,41 @@ class MARPipeline:
 
         return on_step
 
-    def _read_labels(self, labels: int | Sequence[int] | Tensor, repeats: int) -> Tensor:
-        """Return the class [B] of each image, with `repeats` images of each label."""
-        found = torch.as_tensor(labels).reshape(-1).cpu().repeat_interleave(max(0, repeats))
-        classes = range(self.model.class_num)
-        is_integer = found.dtype in (torch.int32, torch.int64)
-        if not (is_integer and len(found) and set(found.tolist()) <= set(classes)):
-            limits = f"class numbers from 0 to {classes[-1]}, and num_images_per_label at least 1"
-            raise ValueError(f"labels must be {limits}, not {labels} and {repeats}")
-        return found.long()
+    def _read_images(self, image: Any, batch_size: int, repeats: int) -> Tensor:
+        """Return the images to inpaint [B, 3, H, W], in [-1, 1], with `repeats` images of each label."""
+        num_labels = batch_size // repeats
+        several = image if isinstance(image, (list, tuple)) else [image] * num_labels
+        if len(several) != num_labels:
+            raise ValueError(f"image must be one for all labels, or a list of one for each, not of {len(several)}")
+        images = torch.stack([read_pixels(each, "image", self.model.img_size) for each in several])
+        return 2 * images.repeat_interleave(repeats, dim=0) - 1
 
-    def _read_inpainting(
-        self, image: Any, mask_image: Any, batch_size: int, repeats: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, H, W] in [-1, 1], masks of the repainted pixels [H, W] and of the known tokens [L]."""
-        size, num_labels = self.model.img_size, batch_size // repeats
-        several = image if isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4 else [image]
-        if len(several) not in (1, num_labels):
-            raise ValueError(f"image must be one for all labels or one for each, not {len(several)} images")
-        images = torch.stack([read_pixels(each, "image", (3, size, size)) for each in several])
-        images = images.expand(num_labels, -1, -1, -1).repeat_interleave(repeats, dim=0)
-        white = read_pixels(mask_image, "mask_image", (size, size)) >= 0.5
-        touched = F.max_pool2d(white[None].float(), size // self.model.grid_size).flatten() > 0
+    def _read_mask(self, mask_image: Any) -> tuple[Tensor, Tensor]:
+        """Return the masks of the pixels that are repainted [H, W] and of the tokens that are known [L]."""
+        white = read_pixels(mask_image, "mask_image", self.model.img_size) >= 0.5
+        touched = F.max_pool2d(white[None].float(), self.model.img_size // self.model.grid_size).flatten() > 0
         if touched.all() or not touched.any():
             raise ValueError("mask_image must be white where the image is repainted, and leave some tokens out")
-        return 2 * images - 1, white, ~touched
+        return white, ~touched
 
 
-def read_pixels(image: Any, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return an image of shape [3, H, W], or a mask of shape [H, W], as float32 from 0 to 1.
+def read_pixels(image: Any, name: str, size: int) -> Tensor:
+    """Return an "image" [3, H, W], or a "mask_image" [H, W], as float32 from 0 to 1.
 
-    Args:
-        image: a PIL image, an array whose channels come last, or a tensor whose channels come first.
-        name:  of the argument, for the ValueError about another shape or range.
+    It is given as a PIL image, as an array whose channels come last, or as a tensor whose channels come first.
     """
+    is_tensor, shape = isinstance(image, Tensor), (3, size, size) if name == "image" else (size, size)
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB" if len(shape) == 3 else "L"))
-    values = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    if len(shape) == 2:
-        values = values.squeeze()
-    elif values.ndim == 3 and not isinstance(image, Tensor):
-        values = values.permute(2, 0, 1)
-    if values.shape != shape:
-        pixels = f"{shape[-1]} x {shape[-2]} pixels, the model's image size"
-        raise ValueError(f"{name} must be {pixels}, as a tensor {list(shape)}, not {list(values.shape)}")
-    values = values.float() if values.is_floating_point() or values.dtype == torch.bool else values.float() / 255
-    if not (values.min() >= 0 and values.max() <= 1):
-        raise ValueError(f"{name} must hold integers from 0 to 255, or floats from 0 to 1")
-    return values
+        image = np.array(image.convert("RGB" if name == "image" else "L"))
+    values = image.cpu() if is_tensor else torch.from_numpy(np.array(image))
+    if name == "image" and not is_tensor:
+        values = values.movedim(-1, 0)
+    if not values.is_floating_point() and values.dtype != torch.bool:
+        values = values / 255
+    if values.shape != shape or not (values.min() >= 0 and values.max() <= 1):
+        numbers = "integers from 0 to 255, or floats from 0 to 1"
+        raise ValueError(f"{name} must be {size} x {size} pixels, the model's image size, of {numbers}")
+    return values.float()
 
 
 def as_type(images: Tensor, output_type: str) -> Any:

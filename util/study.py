@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from models import CachePolicy, find_method
 from models.lazymar.selection import RULES
@@ -64,40 +63,27 @@ def method_flags(method: str, num_iter: int, num_sampling_steps: int) -> list[st
 def runs_of(args: argparse.Namespace) -> dict[tuple[str, str], Options]:
     """Return the options of each evaluation that the page shows, by model and method; `--models` says which are made.
 
-    Raises InputError for an unknown method.
+    Each is in a folder named by its model and method. Raises InputError for an unknown method.
     """
     asked = [(model, method) for model in dict.fromkeys([*MAR_MODELS, *args.models]) for method in TABLE_METHODS]
-    asked += [(SMALL_MODEL, method) for method in args.method]
-    return {(model, method): options_of(args, model, method) for model, method in asked}
-
-
-def options_of(args: argparse.Namespace, model: str, method: str) -> Options:
-    """Return the options of an evaluation, in a folder named by its method."""
-    is_small = model == SMALL_MODEL
-    # Statistics and further scores go with one kind of features: the official models', unless they are left out.
-    is_meant = not is_small or args.models == [SMALL_MODEL]
-    flags = {
-        "model": model,
-        "num_images": args.num_images or (2_000 if is_small else 50_000),
-        "eval_bsz": args.eval_bsz or (25 if is_small else 128),
-        "seed": args.seed,
-        "device": args.device,
-        "dtype": args.dtype,
-        "inception_weights": None if is_small else args.inception_weights,
-        "statistics": args.statistics if is_meant else None,
-        "output_dir": args.output_dir / model / method,
-    }
-    switches = [f"--{metric}" for metric in args.metrics if is_meant and method in TABLE_METHODS]
-    switches += ["--overwrite"] * args.overwrite + ["--no-score"] * args.dry_run
-    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    return parse_options([*given, *switches, *method_flags(method, args.num_iter, args.num_sampling_steps)])
-
-
-def ablations_of(names: Sequence[str], num_iter: int) -> dict[str, dict[str, CachePolicy]]:
-    """Return the policies of ablations. Raises InputError if one of them has no lazy step."""
-    for name in names:
-        for label, policy in ABLATIONS[name].items():
-            if all(policy.is_refresh(step, num_iter) for step in range(num_iter)):
-                too_few = f"with {label}, none of {num_iter} steps is lazy"
-                raise InputError(f"--ablations {name}: {too_few}: leave it out, or raise --num_iter")
-    return {name: ABLATIONS[name] for name in names}
+    asked += [(SMALL_MODEL, method) for method in ("mar", *args.method)]
+    runs = {}
+    for model, method in asked:
+        is_small = model == SMALL_MODEL
+        flags = [
+            *(f"--model={model}", f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}"),
+            f"--num_images={args.num_images or (2_000 if is_small else 50_000)}",
+            f"--eval_bsz={args.eval_bsz or (25 if is_small else 128)}",
+            f"--output_dir={args.output_dir / model / method}",
+            *["--overwrite"] * args.overwrite,
+            *["--no-score"] * args.dry_run,
+        ]
+        if args.inception_weights and not is_small:
+            flags.append(f"--inception_weights={args.inception_weights}")
+        # Statistics and further scores go with one kind of features: the official models', unless they are left out.
+        if not is_small or args.models == [SMALL_MODEL]:
+            flags += [f"--statistics={args.statistics}"] * bool(args.statistics)
+            flags += [f"--{metric}" for metric in args.metrics if method in TABLE_METHODS]
+        flags += method_flags(method, args.num_iter, args.num_sampling_steps)
+        runs[model, method] = parse_options(flags)
+    return runs

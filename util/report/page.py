@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from models import CachePolicy
 from util.files import atomic_write
@@ -20,8 +19,7 @@ from util.report import figures, paper
 from util.report.results import Row, compare
 from util.study import SMALL_MODEL, TABLE_METHODS
 
-HERE = Path(__file__).parent
-MODEL_DRAWN = "mar_huge"  # whose plans are drawn
+MODEL_DRAWN = "mar_huge"  # whose plan is drawn
 
 
 def write_page(args: argparse.Namespace, runs: Mapping[tuple[str, str], Options], steps: Mapping[str, Any]) -> Path:
@@ -32,18 +30,19 @@ def write_page(args: argparse.Namespace, runs: Mapping[tuple[str, str], Options]
     rows = {key: Row(options) for key, options in runs.items()}
     table = {(model, method): row for (model, method), row in rows.items() if method in TABLE_METHODS}
     own = {method: rows[SMALL_MODEL, method] for method in args.method}
-    methods = {method: (row, compare(row, rows[SMALL_MODEL, "mar"])) for method, row in own.items()}
+    baseline = rows[SMALL_MODEL, "mar"]
+    methods = {method: (row, compare(row, baseline)) for method, row in own.items()}
     pictures = draw(table, methods, steps)
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.globals.update(cite=cite, number=written, spread=spread, paper=paper)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page = environment.get_template("page.html").render(
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        number=written,
+        paper=paper,
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
         models=list(dict.fromkeys(model for model, _ in table)),
         table=table,
         methods=methods,
+        baseline=baseline,
         steps=steps,
         num_compared=args.ablation_images,
         policies=args.ablations,
@@ -59,15 +58,13 @@ def write_page(args: argparse.Namespace, runs: Mapping[tuple[str, str], Options]
 
 def draw(table: Mapping, methods: Mapping, steps: Mapping) -> dict[str, bytes]:
     """Draw the pictures that the finished runs allow, by name."""
-    mar, lazymar = (table[MODEL_DRAWN, method].options for method in TABLE_METHODS)
-    plans = {"MAR": mar.plan, "LazyMAR": lazymar.plan}
-    pictures = {"rows_by_step": figures.rows_by_step(plans, mar.meta_model.buffer_size)}
-    if timed := {name: (row, compared) for name, (row, compared) in methods.items() if compared and row.seconds}:
-        pictures["frontier"] = figures.frontier(timed)
+    pictures = {"rows_by_step": figures.rows_by_step(table[MODEL_DRAWN, "lazymar"].options.plan)}
+    if finished := {name: (row, compared) for name, (row, compared) in methods.items() if compared}:
+        pictures["frontier"] = figures.frontier(finished)
     for model in dict.fromkeys(model for model, _ in table):
-        baseline, lazymar = (table[model, method].folder for method in TABLE_METHODS)
-        if baseline and lazymar:
-            pictures[f"side_by_side_{model}"] = side_by_side(baseline, lazymar)
+        folders = [table[model, method].folder for method in TABLE_METHODS]
+        if all(folders):
+            pictures[f"side_by_side_{model}"] = side_by_side(*folders)
     for model, measured in steps.items():
         pictures[f"redundancy_{model}"] = figures.redundancy(measured["redundancy"])
         if "caches" in measured["ablations"]:
@@ -78,14 +75,3 @@ def draw(table: Mapping, methods: Mapping, steps: Mapping) -> dict[str, bytes]:
 def written(value: float | None, digits: int = 2, sign: str = "") -> str:
     """Write a number, or a dash for one that is not known."""
     return "–" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
-
-
-def spread(measured: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Write a number with its standard error."""
-    value, error = measured
-    return f"{written(value, digits, sign)} ± {written(error, digits)}"
-
-
-def cite(arxiv: str) -> Markup:
-    """Link a paper by its arXiv number."""
-    return Markup('<a href="https://arxiv.org/abs/{}">arXiv {}</a>').format(arxiv, arxiv)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ class Row:
         with contextlib.suppress(InputError):
             _, self.metrics, self.folder = open_finished(options.output_dir)
         self.method = self.metrics.get("method") or describe_method(options.method_name, options.method)
-        self.num_images = self.metrics.get("num_images", 0)
         self.flops = self.metrics.get("flops_per_image") or Flops.of_steps(options.flops).total
         self.seconds = self.metrics.get("sampling_seconds")
         self.scores = read_scores(self.metrics)
@@ -40,31 +38,20 @@ class Row:
         self.num_parameters = sum(parameter.numel() for parameter in options.meta_model.parameters())
 
     def conditions(self) -> str:
-        """Describe the machine and the versions of a finished run, and the day on which it began."""
-        file = self.options.output_dir / "run.json"
-        run, day = json.loads(file.read_text()), datetime.fromtimestamp(file.stat().st_mtime).date()
-        facts = {"dtype": run["settings"]["dtype"], **run["environment"]}
+        """Describe the machine and the versions of a finished run, and the day on which it ended."""
+        day = datetime.fromtimestamp((self.options.output_dir / "metrics.json").stat().st_mtime).date()
+        facts = {"dtype": self.metrics["settings"]["dtype"], **self.metrics["environment"]}
         return f"{day}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-class Comparison(NamedTuple):
-    """A run beside the baseline of the same seeds, with standard errors.
+def compare(row: Row, baseline: Row) -> dict[str, Spread]:
+    """Compare a run with the baseline of the same seeds: numbers by name, with standard errors.
 
-    intended: share of the images in which the classifier sees the class that was asked for.
-    speed_up: of sampling, measured; None if a run was not timed.
+    "intended" is the share of the images in which the classifier sees the class that was asked for. Nothing is returned
+    if one of the runs has not finished, or if they have different numbers of images.
     """
-
-    fid: Spread
-    fid_difference: Spread
-    inception_score: Spread
-    intended: Spread
-    speed_up: float | None
-
-
-def compare(row: Row, baseline: Row) -> Comparison | None:
-    """Compare two runs. None if one has not finished, or if they have different numbers of images."""
-    if row.folder is None or baseline.folder is None or row.num_images != baseline.num_images:
-        return None
+    if row.folder is None or baseline.folder is None or len(row.folder.labels) != len(baseline.folder.labels):
+        return {}
     labels = np.array(row.folder.labels)
     reference = Statistics.load(row.options.statistics, FEATURES_DIMS[row.options.preset.features])
     outputs = [
@@ -75,10 +62,9 @@ def compare(row: Row, baseline: Row) -> Comparison | None:
 
     def measure(chosen: np.ndarray) -> list[float]:
         parts = [{name: output[chosen] for name, output in of_run.items()} for of_run in outputs]
-        scores = [read_scores(score(part, reference)).values() for part in parts]
-        (fid, inception_score), (other_fid, _) = ([np.nan if v is None else v for v in values] for values in scores)
+        scores = [[*read_scores(score(part, reference)).values()] for part in parts]
+        (fid, inception_score), (other_fid, _) = np.array(scores, dtype=float)  # nan for too few images
         return [fid, fid - other_fid, inception_score, is_intended[chosen].mean()]
 
-    spreads = jackknife(measure, groups_of_images(labels))
-    speed_up = baseline.seconds / row.seconds if row.seconds and baseline.seconds else None
-    return Comparison._make([*spreads, speed_up])
+    names = ("fid", "fid_difference", "inception_score", "intended")
+    return dict(zip(names, jackknife(measure, groups_of_images(labels))))
