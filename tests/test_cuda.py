@@ -1,27 +1,22 @@
-"""What CUDA asks of the sampler: on a GPU, and without one on tensors that have a device and a shape, but no values.
+"""What CUDA asks of the sampler: on a GPU, and without one on tensors of the meta device, which have no values.
 
-`pytest tests/test_cuda.py -rs` on a machine with a GPU runs all of it. PyTorch's CUDA build knows without one which
-operations mix devices.
+`pytest tests/test_cuda.py -rs` on a machine with a GPU runs all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch_fidelity
 from tools import FIELDS, LABELS, make_sampler, perturb, random_model, relative_error, short_settings
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import MAR, AnnealedSteps, AutoencoderKL, ImageNoise, cast_model, create_model, sample_tokens
+from models import MAR, AnnealedSteps, ImageNoise, cast_model, create_model, sample_tokens
 from models.diffloss import timestep_sinusoids
 from models.lazymar.graphs import CudaCapture
-from util.extractors import FEATURES_DIMS, Extractor
-from util.images import decode, map_images, to_uint8
 
 GPU = torch.device("cuda", 0)
 # As few steps as have each of their kinds: refreshes, lazy steps that prune rows; full, warm-up and reuse steps.
@@ -87,73 +82,6 @@ def test_the_loop_waits_for_no_value_and_captured_functions_hold_nothing_that_cu
     for _ in range(2):  # the second batch is captured
         steps = list(sampler.steps(LABELS[:2], NoValues(model, 2), sampler.empty_latents(2)))
     assert len(steps) == len(sampler.plan) and legal.count > 500 and not legal.illegal
-
-
-# Where every tensor of a GPU run would be
-
-
-def follows_devices() -> bool:
-    """Whether this build of PyTorch can: one without CUDA cannot, and 2.8 asks a GPU even to slice a tensor."""
-    with FakeTensorMode():
-        try:
-            x = torch.empty(1, 1, 3, 3, device=GPU)
-            nn.functional.conv2d(x[:, :1], x)
-        except (RuntimeError, AssertionError):
-            return False
-    return True
-
-
-@pytest.fixture
-def no_values() -> Iterator[FakeTensorMode]:
-    if not follows_devices():
-        pytest.skip("this build of PyTorch asks a GPU where tensors would be")
-    with FakeTensorMode() as mode:
-        yield mode
-
-
-def on_gpu(make: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
-    """What `make` returns, with tensors without values in place of its own."""
-    with unset_fake_temporarily(), torch.device("meta"):
-        network = make().eval()
-    for module in network.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                empty = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=GPU)
-                is_parameter = name in module._parameters
-                setattr(module, name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
-    return network
-
-
-@every_kind
-def test_the_whole_loop_stays_on_the_gpu(no_values, name: str) -> None:
-    model = cast_model(on_gpu(lambda: create_model("mar_base", **FEW_BLOCKS)), torch.bfloat16)
-    sampler = make_sampler(model, name, **short_settings(name, **FEW[name]))
-    sampler.make_capture = None
-    labels = torch.empty(2, dtype=torch.long, device=GPU)
-    with torch.inference_mode():  # `steps` asks whether the labels are in range, which takes their values
-        for sampled in sampler._steps(labels, NoValues(model, 2), sampler.empty_latents(2)):
-            assert sampled.conditions.device == sampled.tokens.device == GPU
-            assert sampled.conditions.dtype == torch.bfloat16 and sampled.tokens.dtype == torch.float32
-    assert sampled.step.index == len(sampler.plan) - 1
-
-
-def test_decoded_images_and_their_features_stay_on_the_gpu(no_values, tmp_path, monkeypatch) -> None:
-    vae, latents = on_gpu(AutoencoderKL, torch.bfloat16), torch.empty(2, 16, 16, 16, device=GPU)
-    images = decode(vae, latents)
-    assert (images.shape, images.dtype, images.device) == ((2, 3, 256, 256), torch.float32, GPU)
-    pixels = to_uint8(images)
-    assert (pixels.shape, pixels.dtype, pixels.device) == ((2, 3, 256, 256), torch.uint8, GPU)
-    inception = torch_fidelity.FeatureExtractorInceptionV3
-    monkeypatch.setattr(inception, "load_state_dict", lambda *_: None)
-    monkeypatch.setattr("torch.load", lambda *_, **__: {})
-    monkeypatch.setattr(nn.Module, "to", lambda network, *_, **__: network)  # it cannot move what has no values
-    (tmp_path / "weights.pth").touch()
-    options = {"feature_extractor_weights_path": tmp_path / "weights.pth"}
-    network = on_gpu(lambda: inception("inception-v3-compat", ["2048", "logits_unbiased"], **options))
-    parts = map_images(Extractor("inception", network, GPU), pixels)
-    features, logits = (torch.cat([part[name] for part in parts]) for name in ("features", "logits"))
-    assert features.device == logits.device == GPU
-    assert features.shape == (2, FEATURES_DIMS["inception"]) and logits.shape == (2, 1008)
 
 
 # On a GPU

@@ -93,18 +93,10 @@ def processor_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Describe what the rounding of numbers depends on: versions, processor, and a digest of the code."""
+    """Describe what the rounding of numbers depends on: versions and processor."""
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch-fidelity", "numpy", "pillow")}
-    return {**versions, "processor": processor_name(device), "code": code_digest()}
-
-
-def code_digest() -> str:
-    """Return a digest of the code that makes images; any edit changes it, even of a comment."""
-    digest = hashlib.sha256()
-    for file in sorted([*ROOT.glob("models/**/*.py"), *ROOT.glob("diffusion/*.py")]):
-        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    return {**versions, "processor": processor_name(device)}
 
 
 def weights_digest(network: nn.Module) -> str:
