@@ -94,6 +94,7 @@ class Options:
 @functools.lru_cache
 def _on_meta(model: str, class_num: int) -> MAR:
     with torch.device("meta"):
+        PRESETS[model].make_vae()  # raises ValueError if it needs a package that is missing
         return models.create_model(model, class_num=class_num)
 
 
@@ -166,8 +167,6 @@ def _folder_name(args: argparse.Namespace, num_iter: int) -> str:
 def _check_method(options: Options) -> None:
     """Raise InputError, naming the flag, for a method that does not fit the model, and for a missing package."""
     try:
-        with torch.device("meta"):
-            options.preset.make_vae()
         policy = options.plan.policy
     except ValueError as error:
         raise InputError(f"--{error}") from None
