@@ -127,10 +127,8 @@ def make_page() -> Any:
         with gr.Row():
             result, baseline = gr.Image(label="Image"), gr.Image(label="Baseline")
             brush = gr.Brush(colors=["#ff4040"], default_size=40)
-            editor = gr.ImageEditor(
-                type="pil", label="To inpaint: an image, painted over where it is made anew", brush=brush
-            )
-        rows = gr.Image(label="Rows that are computed at each step")
+            editor = gr.ImageEditor(type="pil", label="To inpaint, paint here", brush=brush)
+        rows = gr.Image(show_label=False, height=400)
         for path, button in zip(EXAMPLES, examples):
             show = partial(enlarge, Image.open(path).convert("RGB"))
             button.click(show, None, editor, api_visibility="private")

@@ -110,7 +110,7 @@ def rows_by_step(plan: Plan) -> bytes:
         decoder[:, step.index] = (step.num_recomputed - in_hand) / (plan.num_rows - in_hand)
         decoder[newest:stop, step.index] = 1
     figure, grid = panels(3.6, 1, 2, sharey=True)
-    for axes, title, shares in zip(grid, ("Encoder", "Decoder"), (encoder, decoder)):
+    for axes, title, shares in zip(grid, ("Encoder rows", "Decoder rows"), (encoder, decoder)):
         axes.imshow(shares, cmap=SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.axhline(buffer_size, color="black", lw=0.8, ls=":", marker="")
         axes.set(title=title, xlabel="Step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from datetime import datetime
 from typing import Any
 
@@ -38,9 +39,10 @@ class Row:
         self.num_parameters = sum(parameter.numel() for parameter in options.meta_model.parameters())
 
     def conditions(self) -> str:
-        """Describe the machine and the versions of a finished run, and the day on which it ended."""
-        day = datetime.fromtimestamp((self.options.output_dir / "metrics.json").stat().st_mtime).date()
-        facts = {"dtype": self.metrics["settings"]["dtype"], **self.metrics["environment"]}
+        """Describe the machine and the versions of a finished run, and the day on which it began."""
+        file = self.options.output_dir / "run.json"
+        run, day = json.loads(file.read_text()), datetime.fromtimestamp(file.stat().st_mtime).date()
+        facts = {"dtype": run["settings"]["dtype"], **run["environment"]}
         return f"{day}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
