@@ -4,8 +4,6 @@ pip install -r requirements-app.txt
 python app.py   # then open http://127.0.0.1:7860; served to this machine alone, unless --host says otherwise
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -8,8 +8,6 @@ Speed does not depend on the weights, so they are random. The methods take turns
 `--repeats` runs; the machine's own rate of matmuls is measured in the same run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -3,8 +3,6 @@
 python compare.py output/demo/baseline output/demo/lazymar --output side_by_side.png
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

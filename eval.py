@@ -7,8 +7,6 @@
 The same command continues a run that was cut off, on any number of processes; `--help` lists the flags.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence

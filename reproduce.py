@@ -7,8 +7,6 @@ Each evaluation is one of eval.py, in a folder of its own. The same command cont
 processes, and ends by writing report.html, with its pictures beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

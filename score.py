@@ -8,8 +8,6 @@ Images are PNG or JPEG files in a folder or its class subfolders, the folder of 
 ADM's evaluator takes it (arr_0, uint8).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

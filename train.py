@@ -4,8 +4,6 @@ A training that was stopped continues when the same command is given again. It e
 safetensors. docs/training.md gives the reasons for how it is done, and what did not help.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -1,7 +1,5 @@
 """The ancestral steps of improved DDPM (arXiv 2102.09672), with the learned variance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The training loss of the diffusion head (improved DDPM's hybrid loss)."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

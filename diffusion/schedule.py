@@ -1,7 +1,5 @@
 """The head's noise schedule (improved DDPM, arXiv 2102.09672), for training and respaced for sampling."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Every state of the solver is a linear combination of the initial noise and the d
 depend on the noise schedule alone, so they are computed beforehand, in float64.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """MAR, its presets, and sampling with LazyMAR and other methods."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from diffusion.solver import SolverSteps

@@ -1,7 +1,5 @@
 """The diffusion head: an MLP that predicts noise for one token, given the transformer's condition for it."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

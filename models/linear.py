@@ -1,7 +1,5 @@
 """Linear layers that can compute a part of their outputs, and whose weights a CPU can hold in its own layout."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

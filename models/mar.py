@@ -5,8 +5,6 @@ may keep the tokens in the order in which they are generated. The network knows 
 what a sampler needs of a block (its queries, keys and values apart from its output) is public.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A `Method` is what `--method` and its flags set: it makes a schedule, and adapts
 the published methods; "+" composes them. Figures are from the papers and their code unless a comment says otherwise.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -119,6 +117,14 @@ class DetailedTokens:
         return f"{self.share:g}:{self.num_sampling_steps}"
 
 
+class Order(NamedTuple):
+    """How many tokens each step predicts, the stage of each position (None: one stage), and each stage's first step."""
+
+    counts: list[int]
+    stages: tuple[int, ...] | None = None
+    stage_starts: Sequence[int] = (0,)
+
+
 @dataclass(frozen=True)
 class Method:
     """The settings that decide what sampling an image costs. The defaults are MAR's.
@@ -183,7 +189,7 @@ class Method:
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
-    def replaced(self, **settings: Any) -> Method:
+    def replaced(self, **settings: Any) -> "Method":
         """Return the method with other settings."""
         return replace(self, **settings)
 
@@ -290,14 +296,6 @@ class Method:
             return scaled.is_refresh(step, num_iter) and (is_last or step + 1 not in order.stage_starts)
 
         return replace(policy, refresh_steps=tuple(filter(is_refresh, range(num_iter))))
-
-
-class Order(NamedTuple):
-    """How many tokens each step predicts, the stage of each position (None: one stage), and each stage's first step."""
-
-    counts: list[int]
-    stages: tuple[int, ...] | None = None
-    stage_starts: Sequence[int] = (0,)
 
 
 def step_times(num_iter: int) -> list[float]:

@@ -1,7 +1,5 @@
 """The models that `--model` knows. A preset describes a model completely: network, VAE, files and guidance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial

@@ -3,8 +3,6 @@
 The defaults are those of KL-16, whose latents MAR was trained on. Parameters are named as in its published weights.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Chromium, driven over its DevTools protocol."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

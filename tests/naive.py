@@ -4,8 +4,6 @@ The sampler is compared with this. It shares nothing with the sampler but the ne
 of settings: orders, attention, caches, schedules and denoising are written out again, without any optimization.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """A job of several ranks of eval.py or reproduce.py, in processes forked from one that has imported PyTorch."""
 
-from __future__ import annotations
-
 import importlib
 import multiprocessing
 import os

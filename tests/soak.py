@@ -6,8 +6,6 @@ Nothing may be lost: every image always has the bytes of an undisturbed run, no 
 FID at the end is the same. Takes about 5 s per kill.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import signal

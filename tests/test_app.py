@@ -1,7 +1,5 @@
 """The page of app.py, in Chromium: it makes and repaints images, and asks no other host for anything."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import os

@@ -1,7 +1,5 @@
 """benchmark.py runs without weights, and its numbers belong together."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The command lines: every flag explains itself, in every script, and bad input is one sentence that names its flag."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import random

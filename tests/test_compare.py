@@ -1,7 +1,5 @@
 """`compare.py`: the table and picture of two finished runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

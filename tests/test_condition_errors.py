@@ -1,7 +1,5 @@
 """The errors of conditions that the ablations are judged by."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -3,8 +3,6 @@
 `pytest tests/test_cuda.py -rs` on a machine with a GPU runs all of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Downloads against a local server with every bad habit that public ones have."""
 
-from __future__ import annotations
-
 import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -4,8 +4,6 @@
 and the conditions of three steps, of the conditional branch. Only the first draw of the noise is used.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """eval.py: the same images whoever makes them, nothing lost whatever happens, and one clear sentence for bad input."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """The formula for FLOPs agrees with PyTorch's counter, and with the cost that the method should have."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

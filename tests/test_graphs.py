@@ -4,8 +4,6 @@ A stand-in captures on the CPU what CUDA graphs capture on a GPU: the operations
 write. What a capture leaves out, such as a value that was on the host, is then wrong in the same way.
 """
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Sampling from known tokens computes what `naive.py` defines, by every method and with every cache."""
 
-from __future__ import annotations
-
 import naive
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The machine of a run: device, dtype and precision, what is printed and recorded of them, memory and CUDA graphs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

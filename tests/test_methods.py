@@ -1,7 +1,5 @@
 """Methods and their compositions are declared as they were published. `test_sampling.py` tests what they compute."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import SimpleNamespace

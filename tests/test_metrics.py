@@ -1,7 +1,5 @@
 """All scores are torch-fidelity's own numbers, and a metric is one entry of a table."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Every cell of the notebook runs, and the outputs in the file are those of the code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`MARPipeline`: the images of eval.py, inpainting, and one sentence for each mistake."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

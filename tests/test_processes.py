@@ -1,7 +1,5 @@
 """The processes of a job: what they share, how they stop, and which launches are refused."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The project's own promises: modules import only what is below them, and the documentation is true."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

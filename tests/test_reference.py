@@ -7,8 +7,6 @@ The time embedding's sinusoids were correctly rounded to float32, as ours are: o
 the conditions `z_<step>` and the latents. Noise is made from the case's and the step's name.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import zlib

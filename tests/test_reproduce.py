@@ -1,7 +1,5 @@
 """reproduce.py: what it evaluates, what it computes from the run folders, and the page that it draws."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The folder of a run, and images, without any network."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The sampler computes what `naive.py` defines, which shares nothing with it but the weights."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

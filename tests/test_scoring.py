@@ -1,7 +1,5 @@
 """score.py: every set of images is read whole and without loss, or refused in one sentence before any work."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -1,7 +1,5 @@
 """train.py: its losses and initial weights, trainings that are stopped and continued, and its command line."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import gzip

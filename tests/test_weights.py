@@ -1,7 +1,5 @@
 """Checkpoint files: what loads, what is refused and how, and how much memory it takes."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Small models with strong random weights, short settings, and what several tests of the sampler share."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from typing import Any
 

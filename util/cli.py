@@ -1,7 +1,5 @@
 """What the scripts' command lines share: a parser whose errors are `InputError`, and readers for common values."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

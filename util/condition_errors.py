@@ -4,8 +4,6 @@ Teacher forcing: baseline and policy get the same tokens, those of a baseline ru
 needs a few dozen images, no statistics file and no decoded image.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict, deque
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A download that was cut off continues where it stopped, and a file appears under its own name only when it is whole.
 """
 
-from __future__ import annotations
-
 import http.client
 import shutil
 import sys

@@ -4,8 +4,6 @@ Scores of the Fashion-MNIST classifier have a scale of their own: compare them w
 Inception.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

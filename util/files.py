@@ -1,7 +1,5 @@
 """Atomic writes, and the digest of a file."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -11,8 +11,6 @@ Every file appears whole or not at all. An image depends on the settings and its
 a file is made again. A record names its images, so batches may differ in size; its file is named by the first image.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

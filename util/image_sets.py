@@ -1,7 +1,5 @@
 """Sets of images on disk: a folder, the folder of a run, or an `.npz` file as ADM's evaluator takes it (`arr_0`)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

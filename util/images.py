@@ -1,7 +1,5 @@
 """Images: from latents to pixels, from pixels to PNG files, and a grid of many images in one."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Standard errors of numbers that are measured on a set of images, such as FID: the jackknife over groups of images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The machine and the software that a run uses: device, dtype, precision, versions, digests of code and weights."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import platform

@@ -6,8 +6,6 @@ images are made, and a reference file: mean and covariance of the real images' f
 `METRICS` is the table of all scores: an entry is all that a further metric takes.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +42,7 @@ class Statistics:
     @classmethod
     def from_features(
         cls, features: Tensor, *, dinov2: Tensor | None = None, logits: Tensor | None = None, keep: int = 0
-    ) -> Statistics:
+    ) -> "Statistics":
         """Compute the statistics of features [N, F] and, if given, of DINOv2's features [N, 1024]; N is at least 2.
 
         `keep` is the number of images whose features are kept, drawn with a fixed seed.
@@ -63,7 +61,7 @@ class Statistics:
         return cls(**moments, features=features.cpu().numpy()[kept] if keep else None, logits=logits)
 
     @classmethod
-    def load(cls, path: Path, features_dim: int, metrics: Sequence[str] = ()) -> Statistics:
+    def load(cls, path: Path, features_dim: int, metrics: Sequence[str] = ()) -> "Statistics":
         """Read a `.npz` file of `mu` and `sigma`, and of `features`, `dinov2_mu` and `dinov2_sigma` if it holds them.
 
         Raises InputError if the file is missing or damaged, if it holds arrays of other shapes or numbers that are not

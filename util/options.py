@@ -1,7 +1,5 @@
 """The flags of `eval.py`: each is read, checked and completed before any work."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
@@ -59,7 +57,7 @@ class Options:
     metrics: tuple[str, ...]  # besides FID and Inception Score
     standard_errors: bool
     overwrite: bool
-    sweep: tuple[Options, ...] = ()  # the runs of several seeds or CFG scales; empty for a single run
+    sweep: tuple["Options", ...] = ()  # the runs of several seeds or CFG scales; empty for a single run
 
     @property
     def preset(self) -> Preset:

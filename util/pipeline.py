@@ -1,7 +1,5 @@
 """`MARPipeline`: from class labels to images, and inpainting, after the conventions of Hugging Face's diffusers."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +64,7 @@ class MARPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **overrides: Any,
-    ) -> MARPipeline:
+    ) -> "MARPipeline":
         """Load a preset's weights; or those of a file, or of a folder with `checkpoint-last.pth`, that fit a preset.
 
         Args:

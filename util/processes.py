@@ -5,8 +5,6 @@ torch.distributed alone: a counter says which batch is next. A rank that waits f
 reach it and no time limit ends it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A run of `eval.py`: how it is opened, what its steps share, and how it is saved and finished."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import statistics

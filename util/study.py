@@ -1,7 +1,5 @@
 """What `reproduce.py` evaluates, each as a command of `eval.py`: the paper's table and other methods; and ablations."""
 
-from __future__ import annotations
-
 import argparse
 
 from models import CachePolicy, find_method

@@ -4,8 +4,6 @@ A checkpoint may come from anyone: nothing in it can run code, a file that does 
 the network is touched, and reading is memory-mapped, so that only the weights in use are brought into memory.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile

@@ -6,8 +6,6 @@ sequences: [B, ...] are B sequences. A cache that holds fewer sequences than a s
 Everything is written in place, because captured CUDA graphs read it at a fixed address.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

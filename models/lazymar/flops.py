@@ -1,8 +1,6 @@
 """FLOPs of sampling an image, by a formula: two per multiply-add of each matmul. A test compares it with PyTorch's
 counter."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -25,7 +23,7 @@ class Flops(NamedTuple):
         return sum(self)
 
     @classmethod
-    def of_steps(cls, steps: Iterable[Flops]) -> Flops:
+    def of_steps(cls, steps: Iterable["Flops"]) -> "Flops":
         """Return the sum over steps."""
         return cls(*map(sum, zip(*steps)))
 

@@ -1,7 +1,5 @@
 """CUDA graphs: a step is captured once and replayed for later batches, as one launch in place of thousands."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The diffusion head's part of a step: it denoises tokens for given conditions, with the head cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby
 

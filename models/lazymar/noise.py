@@ -1,7 +1,5 @@
 """All that is random about a run: the order of prediction, and the head's noise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

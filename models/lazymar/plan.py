@@ -6,8 +6,6 @@ plan says how many rows a step recomputes; which ones depends on the image. `pri
 Tokens are numbered in order of prediction. Rows are the P buffer rows, which hold the class, then the L tokens.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

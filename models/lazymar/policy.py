@@ -3,8 +3,6 @@
 A `CachePolicy` says nothing about which tokens a step predicts, or how.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

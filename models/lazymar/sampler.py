@@ -1,7 +1,5 @@
 """The loop over a run's autoregressive steps, for the baseline and every cache policy alike."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 A `Schedule` says nothing about caching. `mar_schedule` is MAR's own (arXiv 2406.11838).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

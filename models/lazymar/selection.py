@@ -5,8 +5,6 @@ A rule compares each row's `features` at this step with those that it stored at 
 To add a rule, add a class with the same methods and an entry in `RULES`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

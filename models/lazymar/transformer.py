@@ -4,8 +4,6 @@ The loops over blocks are MAR's own (`models/mar.py`). LazyMAR adds which rows t
 the keys and values of the other rows come from.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

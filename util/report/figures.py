@@ -1,7 +1,5 @@
 """The page's figures as PNG files: one column wide, legible on a phone, and readable without colour."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

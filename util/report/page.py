@@ -1,7 +1,5 @@
 """Draws the page: one file with tables and figures, which needs no network. Its text is in `page.html`."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import math

@@ -1,7 +1,5 @@
 """Published figures, each with its source, to stand beside our own."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 LAZYMAR_PAPER, MAR_PAPER = "2503.12450", "2406.11838"  # on arXiv

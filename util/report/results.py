@@ -1,7 +1,5 @@
 """Finished runs as the page shows them, and their comparison with the baseline, image by image."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from datetime import datetime

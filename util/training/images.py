@@ -1,7 +1,5 @@
 """Images to train on: Fashion-MNIST, or a folder with a subfolder for each class."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 

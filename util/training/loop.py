@@ -1,7 +1,5 @@
 """A training loop that continues where it was stopped."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
