@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
             setting = {"model": model, "batch_size": batch_size, "dtype": dtype_name(dtype), "matmul_rate": rate}
             plans = {method: options[model, num_iter, method].plan for method in args.method}
             seconds = measure(network, plans, batch_size, args)
+            if device.type == "cuda":
+                setting["reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
+                print(f"{setting['reserved_gb']:.1f} GB of the GPU's memory reserved at most so far")
             for method, times in seconds.items():
                 row = {
                     **setting,

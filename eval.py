@@ -20,7 +20,7 @@ from util.errors import InputError
 from util.extractors import Extractor
 from util.folder import Batch
 from util.images import map_images, to_pixels
-from util.memory import retry_eagerly
+from util.machine import retry_eagerly
 from util.options import Options, parse_options
 from util.processes import Job, launch
 from util.run import Run, evaluate_sweep, open_run

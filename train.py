@@ -5,31 +5,38 @@ safetensors. docs/training.md gives the reasons for how it is done, and what did
 """
 
 import argparse
+import gzip
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 from diffusion.loss import hybrid_loss
 from diffusion.schedule import NUM_TRAIN_STEPS
 from models import MAR, PRESETS, create_model
 from models.presets import MAR_MODELS
 from util.cli import Parser, number
-from util.errors import InputError, exits_cleanly
-from util.files import file_digest
+from util.errors import InputError, describe_differences, exits_cleanly, why_unreadable
+from util.files import atomic_write, file_digest
 from util.machine import choose_device, mixed_precision
-from util.training.images import load_images
-from util.training.loop import fit
 from util.weights import find_weights, load_weights, save_safetensors
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 BETAS = (0.9, 0.95)  # of AdamW
+SAVE_EVERY = 100  # steps
+WARMUP = 100  # steps
+MAX_GRADIENT_NORM = 3.0
 LABEL_DROPOUT = 0.1  # share of images that are trained without their class (MAR paper)
 FIRST_EVERY, FINISH_FIRST_EVERY = 16, 4  # one in so many tokens is trained at the first timestep of sampling
 FIRST_WEIGHT = 300.0  # weight of the noise-prediction error at that timestep
@@ -184,6 +191,122 @@ def train(args: argparse.Namespace) -> None:
         fit(trained, trained.make_optimizers(), phase_loss, args, name, steps, lr, ema_decay, seed)
         seed += steps
     save_safetensors(model.state_dict(), args.output_dir / "checkpoint-last.safetensors", {"weights": "EMA"})
+
+
+def fit(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    loss: Callable[[torch.Generator], Tensor],
+    args: argparse.Namespace,
+    name: str,
+    steps: int,
+    lr: float,
+    ema_decay: float = 0.999,
+    first_seed: int = 0,
+) -> None:
+    """Train `module` in place. It ends in eval mode, with an exponential moving average of its weights.
+
+    The learning rate rises to `lr` in the first steps, and falls to 0 along a cosine.
+
+    Args:
+        optimizers: new ones. A group of parameters may have an `lr_factor`.
+        loss:       computes the loss of a step. It must draw all random numbers from the given generator, which is
+                    seeded with the number of the step, so that a resumed training sees the same batches.
+        args:       the training's flags. They are saved and compared.
+        name:       the training is saved as `name`.pth in `--output_dir`; the same call continues from it.
+        first_seed: seed of the first step. A CPU generator uses the lowest 32 bits only.
+
+    Raises InputError if the file holds a training with other flags, or the loss is not finite.
+    """
+    path = args.output_dir / f"{name}.pth"
+    settings = {flag: str(value) for flag, value in vars(args).items() if flag not in ("output_dir", "device")}
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        """Update an averaged parameter. The decay starts low, so that the initial weights are soon forgotten."""
+        return averaged.lerp(current, 1 - min(ema_decay, (1 + int(count)) / (10 + int(count))))
+
+    ema = AveragedModel(module, avg_fn=average)
+    parts: list[Any] = [ema, module, *optimizers]
+    done = _load(parts, path, settings)
+    generator = torch.Generator(next(module.parameters()).device)
+    progress = tqdm(range(done, steps), name, total=steps, initial=done, unit="step", mininterval=10)
+    module.train()
+    for step in progress:
+        step_lr = lr * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = step_lr * group.get("lr_factor", 1.0)
+        error = loss(generator.manual_seed(first_seed + step))
+        progress.set_postfix(loss=f"{error.item():.4f}", refresh=False)
+        if not error.isfinite():
+            raise InputError(f"the loss became {error.item()}: lower the learning rate, in another --output_dir")
+        module.zero_grad()
+        error.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), MAX_GRADIENT_NORM)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update_parameters(module)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            state = {"step": step + 1, "settings": settings, "parts": [part.state_dict() for part in parts]}
+            with atomic_write(path) as partial:
+                torch.save(state, partial)
+    module.load_state_dict(ema.module.state_dict())
+    module.eval()
+
+
+def _load(parts: Sequence[Any], path: Path, settings: Mapping[str, str]) -> int:
+    """Load a saved training into `parts`, if there is one; return its number of steps."""
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise InputError(f"{path} is damaged ({why_unreadable(error)}): remove it to start again") from None
+    if differences := describe_differences(state["settings"], settings):
+        raise InputError(f"{path}: {', '.join(differences)}: give the same flags, or another --output_dir")
+    for part, saved in zip(parts, state["parts"], strict=True):
+        part.load_state_dict(saved)
+    return state["step"]
+
+
+def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tensor]:
+    """Load images [N, 3, size, size] uint8 and their classes [N].
+
+    `data` is "fashion-mnist", whose files are in the folder `fashion_mnist`, or a folder with a subfolder for each
+    class; its images are cropped to squares and resized. Raises InputError for no images or one that is unreadable.
+    """
+    if data == "fashion-mnist":
+        if size != 32:
+            raise InputError(f"--data fashion-mnist has 32 x 32 images, but the model's are {size} x {size}")
+        return _load_fashion_mnist(fashion_mnist)
+    files = sorted(Path(data).glob("[!.]*/[!.]*"))
+    if not files:
+        raise InputError(f"--data {data}: no such folder, or no subfolders with images (one for each class) in it")
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for image, path in zip(images, tqdm(files, desc=f"reading {data}"), strict=True):
+        try:
+            with Image.open(path) as opened:
+                square = ImageOps.fit(opened.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        except Exception as error:  # a damaged file can fail anywhere in the reader
+            raise InputError(f"{path} cannot be read as an image ({error}): remove it from --data") from None
+        image[:] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    _, labels = np.unique([path.parent.name for path in files], return_inverse=True)
+    return images, torch.from_numpy(labels)
+
+
+def _load_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor]:
+    """Load the training images of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017), with a black border of 2 pixels."""
+    files = [folder / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+    try:
+        pixels, classes = (bytearray(gzip.decompress(file.read_bytes())) for file in files)
+        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
+        labels = torch.frombuffer(classes, dtype=torch.uint8, offset=8).long()
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise InputError(
+            f"Fashion-MNIST cannot be read from {folder} ({error}): install Debian's package dataset-fashion-mnist, or "
+            "give the folder of Fashion-MNIST's .gz files with --fashion_mnist"
+        ) from None
+    return F.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1), labels
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

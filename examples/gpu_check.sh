@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in about ten minutes on an H100: the CUDA tests, then speed, memory and a profile of MAR-H
+# What only a GPU can show, in about ten minutes on an H100: the CUDA tests, then speed and memory of MAR-H
 # with random weights, then mar_tiny's images end to end. Everything is left in the folder named (default: output/gpu).
 # What fails does not keep the rest from being measured; the exit code tells.
 #
@@ -22,7 +22,6 @@ try "$python" -m pytest -q tests/test_cuda.py
 huge=(benchmark.py --device cuda --models mar_huge)
 try "$python" "${huge[@]}" --batch_sizes 1 128 --repeats 2 --output "$out/huge.json"
 try "$python" "${huge[@]}" --batch_sizes 256 --repeats 1 --method lazymar --output "$out/batch_256.json"
-try "$python" "${huge[@]}" --batch_sizes 128 --repeats 1 --method lazymar --num_iter 16 --profile
 try "$python" benchmark.py --device cuda --models mar_base mar_large --output "$out/smaller.json"
 for lazy in "" --lazy_mar; do
     try "$python" eval.py --model mar_tiny --device cuda --num_images 2000 --eval_bsz 500 $lazy \

@@ -1,6 +1,6 @@
 """MAR, its presets, and sampling with LazyMAR and other methods."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusion.solver import SolverSteps
 from models.lazymar.noise import ImageNoise
@@ -13,9 +13,6 @@ from models.mar import MAR, cast_model
 from models.methods import METHODS, AnnealedSteps, DetailedTokens, Method, count_flops, find_method, sample_tokens
 from models.presets import PRESETS, Preset
 from models.vae import AutoencoderKL
-
-if TYPE_CHECKING:
-    from util.pipeline import MARPipeline
 
 __all__ = [
     "MAR",

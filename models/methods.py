@@ -33,7 +33,7 @@ from models.mar import MAR
 # Annealed chains start here. The first denoising step divides by sqrt(alpha_bar), which is 1/13 at 950 and 1/642 at
 # 998; a short chain would keep the error of that step.
 ANNEALED_FIRST_TIMESTEP = 950
-ANNEALINGS = ("linear", "cosine", "two-stage", "constant", "generation")
+ANNEALINGS = ("linear", "cosine", "generation")
 LAST_TIME = 1e-5  # at which the last autoregressive step ends, in eMIGM's code
 TOKEN_SCHEDULES = ("cosine", "exp")
 REFERENCE_DENOISING_STEPS = 100  # chain length that the head's refresh interval is given for
@@ -48,8 +48,7 @@ class AnnealedSteps:
     Args:
         upper:    denoising steps at the first autoregressive step, 2 to 1000.
         lower:    denoising steps at the end, at least 2 and at most `upper`.
-        schedule: "linear" or "cosine" from the first step to the last; "two-stage": `upper` in the first half of the
-                  steps, `lower` in the second; "constant": `lower` always; "generation": linear up to the last stage of
+        schedule: "linear" or "cosine" from the first step to the last; "generation": linear up to the last stage of
                   the order, and `lower` there (GtR, arXiv 2510.17171).
 
     Raises ValueError, naming num_sampling_steps, for values out of range.
@@ -82,13 +81,11 @@ class AnnealedSteps:
             if step >= num_generating:
                 return self.lower
             last = num_generating - 1
-        if last < 1:  # a single step
-            return self.upper if step == 0 and self.schedule in ("linear", "cosine", "generation") else self.lower
-        if self.schedule in ("linear", "generation"):
-            return self.lower + int((last - step) / last * span)
+        if last == 0:  # a single step, which both begins and ends the fall
+            return self.upper
         if self.schedule == "cosine":
             return self.lower + int((math.cos(math.pi * step / last) + 1) / 2 * span)
-        return self.lower + (span if self.schedule == "two-stage" and step < last / 2 else 0)
+        return self.lower + int((last - step) / last * span)
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,6 @@ def annealed(steps: int | AnnealedSteps, step: int, num_iter: int, num_generatin
         if step >= num_generating:
             return steps.lower
         last = num_generating - 1
-    if steps.schedule == "constant":
-        return steps.lower
-    if steps.schedule == "two-stage":
-        return steps.upper if 2 * step < last else steps.lower
     if last == 0:  # a single step, which both begins and ends the fall
         return steps.upper
     if steps.schedule == "cosine":

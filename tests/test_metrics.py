@@ -19,8 +19,7 @@ import score as program
 from util import download
 from util.errors import InputError
 from util.extractors import load_classifier, load_extractor
-from util.jackknife import groups_of_images
-from util.metrics import Statistics, score, score_table
+from util.metrics import Statistics, groups_of_images, score, score_table
 
 ROOT = Path(__file__).parents[1]
 FASHION = ["--features", "fashion"]

@@ -99,7 +99,7 @@ SHORT_RUNS: Runs = {
     "disa": [
         {"num_iter": num_iter, "num_sampling_steps": AnnealedSteps(11, 2, schedule)}
         for num_iter in (1, 8)
-        for schedule in ("linear", "cosine", "two-stage", "constant")
+        for schedule in ("linear", "cosine")
     ],
     "gtr": [
         *({"num_stages": 2, "num_iter": num_iter} for num_iter in ((4, 3), (1, 1))),

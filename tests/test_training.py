@@ -17,8 +17,6 @@ import train
 from diffusion.loss import hybrid_loss
 from models import MAR, PRESETS, create_model
 from util.errors import InputError
-from util.training import loop
-from util.training.images import load_images
 
 
 def test_the_bound_trains_the_variance_and_not_the_noise():
@@ -87,7 +85,7 @@ def test_mar_that_is_cut_off_again_and_again_gets_the_same_weights(data, tmp_pat
         return clip(*arguments)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip_or_cut)
-    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
     for _ in range(4):  # between steps of a phase, and between phases
         with pytest.raises(KeyboardInterrupt):
             train_mar(data, tmp_path / "cut")
@@ -117,24 +115,24 @@ def test_a_linear_map_learns_to_sum_its_inputs(tmp_path):
         return (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
 
     args = argparse.Namespace(output_dir=tmp_path)
-    loop.fit(module, [torch.optim.AdamW(module.parameters())], loss, args, "sum", steps=200, lr=0.1, ema_decay=0.9)
+    train.fit(module, [torch.optim.AdamW(module.parameters())], loss, args, "sum", steps=200, lr=0.1, ema_decay=0.9)
     assert (module.weight - 1).abs().max() < 0.02
 
 
 def test_folders_and_fashion_mnist_are_read(data, tmp_path):
-    images, labels = load_images(str(data), 32, tmp_path)
+    images, labels = train.load_images(str(data), 32, tmp_path)
     assert images.shape == (24, 3, 32, 32) and labels.tolist() == [0] * 12 + [1] * 12
 
     rng = np.random.default_rng(0)
     pixels, classes = rng.integers(0, 256, (20, 28, 28), np.uint8), rng.integers(0, 10, 20, np.uint8)
     for name, header_size, values in [("images-idx3", 16, pixels), ("labels-idx1", 8, classes)]:
         (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(bytes(header_size) + values.tobytes()))
-    images, labels = load_images("fashion-mnist", 32, tmp_path)
+    images, labels = train.load_images("fashion-mnist", 32, tmp_path)
     np.testing.assert_array_equal(images, np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None].repeat(3, axis=1))
     np.testing.assert_array_equal(labels, classes)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b damaged")
     with pytest.raises(InputError, match="Fashion-MNIST cannot be read"):
-        load_images("fashion-mnist", 32, tmp_path)
+        train.load_images("fashion-mnist", 32, tmp_path)
 
 
 def test_bad_input_is_named_and_exits_with_2(data, tmp_path, capsys, monkeypatch):

@@ -4,8 +4,6 @@ import argparse
 import os
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,36 +115,6 @@ def test_a_meta_module_gets_the_weights_in_a_folder_and_keeps_them_when_the_file
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert_holds(network, random_weights(3))
-
-
-MEASURE_MEMORY = """
-import re, sys
-from pathlib import Path
-import torch
-from torch import nn
-from util.weights import load_weights
-
-def peak_megabytes():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-with torch.device("meta"):
-    network = nn.Module()
-    network.weights = nn.ParameterList(torch.empty(1 << 20) for _ in range(16))  # 64 MB
-before = peak_megabytes()
-load_weights(network, sys.argv[1], what="mar_tiny", device="cpu")
-print(peak_megabytes() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
-def test_loading_takes_the_memory_of_the_network_not_of_the_file(tmp_path):
-    weights = {f"weights.{i}": torch.full((1 << 20,), float(i)) for i in range(16)}  # 64 MB
-    moments = {i: {"exp_avg": value + 1} for i, value in enumerate(weights.values())}
-    model = {key: value + 3 for key, value in weights.items()}
-    torch.save({"model": model, "model_ema": weights, "optimizer": moments}, tmp_path / "checkpoint.pth")
-    command = [sys.executable, "-c", MEASURE_MEMORY, str(tmp_path / "checkpoint.pth")]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert 64 < float(output) < 64 + 64 + 16, output  # the network, and the pages of its weights in the mapped file
 
 
 def test_a_loaded_model_and_its_vae_make_pixels_of_labels(tmp_path, monkeypatch, capsys):

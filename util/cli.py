@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from util.errors import InputError
@@ -18,9 +17,6 @@ class Parser(argparse.ArgumentParser):
         if sys.platform == "win32":
             raise InputError("LazyMAR runs on Linux and macOS: on Windows, run it in WSL")
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **settings)
-        text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-        version = re.findall(r'^version = "(.+)"$', text, flags=re.MULTILINE)[0]
-        self.add_argument("--version", action="version", version=f"lazymar {version}", help="print the version")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else args

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from models import MAR, CachePolicy, Sampler, Schedule, make_plan
 from models.lazymar.flops import Flops, flops_per_step
 from models.lazymar.transformer import Transformer
-from util.jackknife import Spread
+from util.metrics import Spread
 
 PAPER = CachePolicy()
 ROW_GROUPS = ("tokens predicted at the step before", "tokens predicted at this step", "all other rows")

@@ -1,15 +1,20 @@
-"""The machine and the software that a run uses: device, dtype, precision, versions, digests of code and weights."""
+"""The machine and the software that a run uses: device, dtype, precision, versions; and what to do without memory."""
 
 import contextlib
 import hashlib
 import platform
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from models import Sampler
 from util.errors import InputError
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -103,3 +108,28 @@ def weights_digest(network: nn.Module) -> str:
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def retry_eagerly(sampler: Sampler, compute: Callable[..., T], *inputs: Any) -> T:
+    """Return `compute(*inputs)`. If the GPU's memory runs out, free the CUDA graphs and compute once more without."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return compute(*inputs)
+    print("note: out of GPU memory; this batch is made again, and all others, without CUDA graphs", flush=True)
+    sampler.drop_graphs()
+    torch.cuda.empty_cache()
+    return compute(*inputs)
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(batch_size: int) -> Iterator[None]:
+    """Turn PyTorch's errors for lack of memory, which are many, into an `InputError` that names the ways out."""
+    signs = ("out of memory", "OutOfMemory", "MemoryError", "allocate memory", "enough memory", "STATUS_ALLOC_FAILED")
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not any(sign in repr(error) for sign in signs):
+            raise
+        raise InputError(
+            f"out of memory at --eval_bsz {batch_size}: add --no-cuda_graphs, or if that is not enough give --eval_bsz "
+            f"{max(1, batch_size // 2)}; either continues in the same folder"
+        ) from error

@@ -7,6 +7,7 @@ images are made, and a reference file: mean and covariance of the real images' f
 """
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ from tqdm import tqdm
 from util.errors import InputError, why_unreadable
 from util.extractors import DINOV2_DIM, import_torch_fidelity
 from util.files import atomic_write
-from util.jackknife import GROUPS, groups_of_images, jackknife
 
 INCEPTION_SPLITS = 10  # parts of the images whose Inception Scores are averaged
 NEIGHBORS = 3  # the ball around an image reaches to its third nearest neighbor
 BLOCK_SIZE = 1000  # images whose distances to all others are in memory, for precision and recall
 SUBSET_SIZE = 1000  # images in each of the subsets that KID is averaged over, if there are so many
+GROUPS = 10  # of images, for the standard errors
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,41 @@ def score(
         groups = groups_of_images(np.random.RandomState(0).permutation(num_images) if labels is None else labels)
         scores["standard_errors"] = {key: spread.error for key, spread in zip(keys, jackknife(measure, groups))}
     return scores
+
+
+# Standard errors
+
+
+class Spread(NamedTuple):
+    """A number and its standard error, which is nan if it is not known."""
+
+    value: float
+    error: float
+
+
+def groups_of_images(labels: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return a group number [N] for each image, given the classes [N], so that groups share each class evenly.
+
+    Each image has its own random seed, so groups of images are as independent as runs with different seeds.
+    """
+    groups = np.empty(len(labels), int)
+    groups[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % GROUPS
+    return groups
+
+
+def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarray) -> list[Spread]:
+    """Return numbers that are measured on all images, each with its standard error, nan if there is only one group.
+
+    Args:
+        measure: maps a mask [N] of images to the numbers measured on them.
+        groups:  [N] the group of each image.
+    """
+    values, numbers = measure(np.ones(len(groups), bool)), np.unique(groups)
+    if len(numbers) < 2:
+        return [Spread(value, math.nan) for value in values]
+    left_out = np.array([measure(groups != number) for number in numbers], float)
+    errors = left_out.std(axis=0) * math.sqrt(len(numbers) - 1)
+    return [Spread(float(value), float(error)) for value, error in zip(values, errors)]
 
 
 def read_scores(metrics: Mapping[str, Any]) -> dict[Number, float | None]:

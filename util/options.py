@@ -220,8 +220,8 @@ def _parser(description: str | None) -> Parser:
         help="tokens of each autoregressive step, in place of --num_iter and --token_schedule")
     add("--token_schedule", choices=TOKEN_SCHEDULES, help="how many tokens the steps predict (default: cosine)")
     add("--num_sampling_steps", type=_denoising_steps, metavar="N or UPPER:LOWER:SCHEDULE or solver:N",
-        help="denoising steps of the head; 50:5:linear falls from 50 to 5 (or: cosine, two-stage, constant, "
-             "generation); solver:8 and eMIGM's solver:8:singlestep evaluate the head 8 times (default: 100)")
+        help="denoising steps of the head; 50:5:linear falls from 50 to 5 (or: cosine, generation); "
+             "solver:8 and eMIGM's solver:8:singlestep evaluate the head 8 times (default: 100)")
     add("--temperature", type=number(float, 0), metavar="X",
         help="scale of the denoising steps' noise; with a solver, of the initial noise (default: 1)")
     add("--guidance_interval", type=_interval, metavar="T_MIN:T_MAX or none",

@@ -20,7 +20,7 @@ from models.lazymar.sampler import SampledStep
 from models.methods import with_settings
 from util.errors import InputError
 from util.images import decode, encode, to_pixels
-from util.memory import retry_eagerly
+from util.machine import retry_eagerly
 from util.weights import load_model
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

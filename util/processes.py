@@ -23,7 +23,6 @@ from util.errors import InputError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.05
-TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of other launchers
 GO_ON = "the same command goes on (without --overwrite)"
 
 
@@ -39,12 +38,6 @@ class Job:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        tasks = next((environment[name] for name in TASK_COUNTS if name in environment), "1")
-        if "RANK" not in environment and tasks != "1":
-            raise InputError(
-                f"{tasks} tasks were launched without torchrun, and each would make all images: start one torchrun per "
-                "machine, as examples/slurm.sbatch does, or one task (in an allocation of more, unset SLURM_NTASKS)"
-            )
         self.rank, self.local_rank = (int(environment.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         self.world_size = int(environment.get("WORLD_SIZE", 1))
         self._signal, self._calls, self._queue = 0, 0, ""

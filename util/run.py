@@ -21,7 +21,7 @@ from util.extractors import FEATURES_DIMS, Extractor, load_extractor
 from util.files import atomic_write, file_digest
 from util.folder import Batch, RunFolder, check_folder, open_folder
 from util.images import encode_png, image_grid
-from util.memory import out_of_memory_explained
+from util.machine import out_of_memory_explained
 from util.metrics import Statistics, score, score_table
 from util.options import Options, describe_method
 from util.processes import GO_ON, Job

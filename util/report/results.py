@@ -12,8 +12,7 @@ from models.lazymar.flops import Flops
 from util.errors import InputError
 from util.extractors import FEATURES_DIMS
 from util.folder import RunFolder, open_finished
-from util.jackknife import Spread, groups_of_images, jackknife
-from util.metrics import Statistics, read_scores, score
+from util.metrics import Spread, Statistics, groups_of_images, jackknife, read_scores, score
 from util.options import Options, describe_method
 
 
