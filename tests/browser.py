@@ -44,7 +44,7 @@ class Page:
         result = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
         return result["result"].get("value")
 
-    async def wait(self, script: str, seconds: float = 60) -> Any:
+    async def wait(self, script: str, seconds: float = 900) -> Any:
         """Wait until a JavaScript expression is true; return its value."""
         deadline = time.monotonic() + seconds
         while not (value := await self.run(script)):

@@ -93,8 +93,8 @@ def measure_policies(
         errors = condition_errors(model, teacher, policy)
         plan = make_plan(teacher.schedule, policy, buffer_size=model.buffer_size)
         flops = Flops.of_steps(flops_per_step(model, plan)).total
-        by_step = np.nanmean(errors, axis=2).tolist()
-        measured[policy] = {"means": mean_errors(errors), "by_step": by_step, "flops": flops}
+        by_step, refreshes = np.nanmean(errors, axis=2).tolist(), [step.index for step in plan if step.refresh]
+        measured[policy] = {"means": mean_errors(errors), "by_step": by_step, "refreshes": refreshes, "flops": flops}
     return {name: {label: measured[policy] for label, policy in group.items()} for name, group in policies.items()}
 
 

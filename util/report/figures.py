@@ -88,7 +88,7 @@ def errors_by_step(found: Mapping[str, Any]) -> bytes:
     figure, grid = panels(7.6, 2)
     for number, title in enumerate(("Conditional branch", "Guidance direction")):
         lines = {label: policy["by_step"][number] for label, policy in found.items()}
-        for step in next(iter(found.values()))["refresh_steps"]:
+        for step in next(iter(found.values()))["refreshes"]:
             grid[number].axvline(step, color="#bbbbbb", lw=0.8, ls=":", marker="")
         draw_lines(grid[number], lines, title=title, xlabel="Step", ylabel="Relative error")
     return png(figure)
