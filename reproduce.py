@@ -74,14 +74,10 @@ def measure_steps(
     if file.exists() and (found := json.loads(file.read_text()))["asked"] == asked:
         return found
     print(f"measuring the conditions of {num_images} images of {options.model}", flush=True)
-    paths = {"weights": options.resume, "vae_weights": options.vae_path}
-    model, _ = load_model(options.model, device, torch.float32, **paths)
+    model, _ = load_model(options.model, device, torch.float32, weights=options.resume, vae_weights=options.vae_path)
     teacher = make_teacher(model, options.plan.schedule, torch.arange(num_images) % model.class_num, options.seed)
-    found = {
-        "asked": asked,
-        "redundancy": measure_redundancy(model, teacher),
-        "ablations": measure_policies(model, teacher, args.ablations),
-    }
+    found = {"asked": asked, "redundancy": measure_redundancy(model, teacher)}
+    found["ablations"] = measure_policies(model, teacher, args.ablations)
     with atomic_write(file) as partial_file:
         partial_file.write_text(json.dumps(found))
     return json.loads(file.read_text())

@@ -137,7 +137,7 @@ BAD_CALLS = [
     ("method 'foo' is unknown", {"method": "foo"}),
     ("cfg must be a finite number of at least 1", {"cfg": 0.5}),
     ("output_type must be one of pil, np, pt, latent, not 'jpg'", {"output_type": "jpg"}),
-    ("must make the same images, not 1 and 2", {"image_numbers": [0, 1]}),
+    ("must make equally many images", {"image_numbers": [0, 1]}),
     ("image and mask_image must be given together", {"mask_image": None}),
     ("image must be 32 x 32 pixels, the model's image size", {"image": PICTURE[:30, :28]}),
     ("image must be 32 x 32 pixels", {"image": PICTURE[..., 0]}),

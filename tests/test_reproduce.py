@@ -124,10 +124,10 @@ def test_folders_of_other_settings_are_refused_before_any_work(copy, monkeypatch
 def test_a_model_without_weights_is_skipped_with_a_note(tmp_path, monkeypatch, capsys):
     nowhere = dataclasses.replace(PRESETS["mar_base"], checkpoint=tmp_path / "mar_base" / "checkpoint-last.pth")
     monkeypatch.setitem(PRESETS, "mar_base", nowhere)
-    assert run(tmp_path / "run", "--models", "mar_base", "--ablations", "none") == 0
+    assert run(tmp_path / "run", "--models", "mar_base", "--ablations", "none", "--method", "lazymar") == 0
     assert f"mar_base is skipped: no weights for mar_base: {nowhere.checkpoint}" in capsys.readouterr().out
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "Nothing was run" in text and text.count("not run") > 8 and "15.49" in text
+    assert "Nothing was run" in text and text.count("not run") > 6 and "15.49" in text
     assert not any(path.is_dir() for path in (tmp_path / "run").iterdir())
 
 
@@ -180,7 +180,7 @@ def test_the_page_shows_our_figures_beside_the_published_ones_and_fetches_nothin
     assert set(re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="[^"]{20,}">', text)) == pictures
     assert "default-src 'none'" in text and not re.search("<(script|iframe|object|video)|url\\(|@import", text)
     assert "max-width: 46rem" in text, "the style sheet"
-    for published in ('href="https://arxiv.org/abs/2503.12450"', "15.49", "23.60", "299.2", "2.83×", "943 M"):
+    for published in ('href="https://arxiv.org/abs/2503.12450"', "15.49", "23.60", "299.2", "2.83×"):
         assert published in text
     table = text.partition("<h2>The paper's table</h2>")[2].partition("<h2>")[0]
     metrics = json.loads((whole / "mar_tiny" / "lazymar" / "metrics.json").read_text())

@@ -142,8 +142,7 @@ class MARPipeline:
         class_labels = torch.as_tensor(labels).reshape(-1).cpu().repeat_interleave(max(0, num_images_per_label))
         numbers = range(len(class_labels)) if image_numbers is None else image_numbers
         if not 0 < len(class_labels) == len(numbers):
-            counts = f"{len(class_labels)} and {len(numbers)}"
-            raise ValueError(f"labels, num_images_per_label and image_numbers must make the same images, not {counts}")
+            raise ValueError("labels, num_images_per_label and image_numbers must make equally many images")
         if (image is None) != (mask_image is None):
             raise ValueError("image and mask_image must be given together")
         known = latents = None

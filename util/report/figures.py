@@ -52,7 +52,7 @@ def frontier(compared: Mapping[str, tuple[Row, Mapping[str, Any]]]) -> bytes:
     figure, (by_seconds, by_flops) = panels(7.6, 2)
     for axes, cost in ((by_seconds, lambda row: row.seconds), (by_flops, lambda row: row.flops / 1e9)):
         for name, (row, scores) in compared.items():
-            axes.errorbar(cost(row), *scores["fid"], label=name, capsize=2, mec="black", ls="")
+            axes.errorbar(cost(row), *scores["fid"], label=name, capsize=2, mec="black", ms=7, ls="")
         costs, fid = np.array(sorted((cost(row), scores["fid"].value) for row, scores in compared.values())).T
         best = fid == np.minimum.accumulate(fid)
         axes.plot(costs[best], fid[best], color="black", marker="", ls="--", zorder=1)

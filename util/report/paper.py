@@ -1,13 +1,10 @@
-"""Published figures, each with its source, to stand beside our own."""
+"""The published figures that stand beside our own."""
 
 from typing import NamedTuple
 
-LAZYMAR_PAPER, MAR_PAPER = "2503.12450", "2406.11838"  # on arXiv
-PARAMETERS = {"mar_base": 208e6, "mar_large": 479e6, "mar_huge": 943e6}  # from MAR's paper
-
 
 class PaperRow(NamedTuple):
-    """A row of the main table of LazyMAR's paper: ImageNet at 256 pixels, 64 steps, 50,000 images.
+    """A row of the main table of LazyMAR's paper (arXiv 2503.12450): ImageNet at 256 pixels, 64 steps, 50,000 images.
 
     Seconds, on an RTX 3090 and on a CPU, and TFLOPs are per image. `counted_tflops` are of the authors' code, counted
     by PyTorch's FlopCounterMode: matmuls, without the VAE.

@@ -33,7 +33,6 @@ class Row:
         self.seconds = self.metrics.get("sampling_seconds")
         self.scores = read_scores(self.metrics)
         self.fid, self.inception_score, *_ = [*self.scores.values(), None, None]
-        self.num_parameters = sum(parameter.numel() for parameter in options.meta_model.parameters())
 
     def conditions(self) -> str:
         """Describe the machine and the versions of a finished run, and the day on which it began."""
