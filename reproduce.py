@@ -156,6 +156,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.models = [model for model in PRESETS if model in args.models]
     args.method = [name.lower() for name in args.method if name != "none"]
     args.ablations = {name: group for name, group in ABLATIONS.items() if {name, "all"} & set(args.ablations)}
+    for name, group in args.ablations.items():
+        for label, policy in group.items():
+            if all(policy.is_refresh(step, args.num_iter) for step in range(args.num_iter)):
+                raise InputError(f"--ablations {name}: with {label}, no step is lazy: leave it out or raise --num_iter")
     return args
 # fmt: on
 

@@ -71,6 +71,7 @@ def copy(whole, tmp_path) -> Path:
         ("--models mar_giant", "--models: invalid choice: 'mar_giant'"),
         ("--method foo", "--method 'foo' is unknown"),
         ("--num_iter 300", "--num_iter"),
+        ("--num_iter 5", "no step is lazy"),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_the_flag(arguments, message):
