@@ -80,7 +80,7 @@ def measure_steps(
     found["ablations"] = measure_policies(model, teacher, args.ablations)
     with atomic_write(file) as partial_file:
         partial_file.write_text(json.dumps(found))
-    return json.loads(file.read_text())
+    return found
 
 
 def missing_files(runs: list[Options]) -> dict[str, str]:

@@ -124,9 +124,9 @@ class Job:
         return True
 
     def on_signal(self, number: int, _: object) -> None:
-        """Stop the job after the batch in hand."""
+        """Stop the job after the current batch."""
         if self.rank == 0 and not self._signal:
-            os.write(2, b"\nfinishing the batch in hand; SIGQUIT (Ctrl-\\) ends the run at once\n")
+            os.write(2, b"\nfinishing the current batch; SIGQUIT (Ctrl-\\) ends the run at once\n")
         self._signal = number
 
     def _check(self) -> None:

@@ -106,8 +106,8 @@ def rows_by_step(plan: Plan) -> bytes:
         newest, known, stop = (buffer_size + count for count in (step.previous_start, step.start, step.stop))
         encoder[:known, step.index] = 1 if step.refresh else 0
         encoder[:buffer_size, step.index] = encoder[newest:known, step.index] = 1
-        in_hand = stop - newest
-        decoder[:, step.index] = (step.num_recomputed - in_hand) / (plan.num_rows - in_hand)
+        always = stop - newest  # recomputed, however similar
+        decoder[:, step.index] = (step.num_recomputed - always) / (plan.num_rows - always)
         decoder[newest:stop, step.index] = 1
     figure, grid = panels(3.6, 1, 2, sharey=True)
     for axes, title, shares in zip(grid, ("Encoder rows", "Decoder rows"), (encoder, decoder)):
