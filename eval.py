@@ -41,7 +41,7 @@ def evaluate(job: Job, options: Options) -> dict[str, Any]:
         paths = {"weights": options.resume, "vae_weights": options.vae_path}
         networks = load_model(options.model, run.device, run.dtype, class_num=options.class_num, **paths)
         pipe = MARPipeline(*networks, options.preset)
-        sampler = pipe.sampler(options.plan, temperature=options.method.temperature, cuda_graphs=run.cuda_graphs)
+        sampler = pipe.sampler(options.plan, cuda_graphs=run.cuda_graphs)
         # Each step is an iterator over the batches of the one before: a batch passes all of them, then the next begins.
         batches = run.claim()
         batches = sampled(batches, sampler, run)

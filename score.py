@@ -45,7 +45,8 @@ def evaluate(args: argparse.Namespace, own: ImageSet) -> None:
     if real and own.shape != real.shape:
         raise InputError(f"the images' shapes, {own.shape} and {real.shape}, differ: make them one size")
     device = choose_device(args.device)
-    extractor = load_extractor(args.features, args.inception_weights, device, with_dinov2=args.fd_dinov2)
+    with_dinov2 = metrics.needs_dinov2(names)
+    extractor = load_extractor(args.features, args.inception_weights, device, with_dinov2=with_dinov2)
     if real:
         reference = statistics_of(real, extractor, args.batch_size, keep=len(real))
     outputs = extract(extractor, own, args.batch_size)

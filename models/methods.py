@@ -214,7 +214,7 @@ class Method:
             if self.lazy_sampling_steps and policy is not None and not policy.is_refresh(index, num_iter):
                 limit = self.lazy_sampling_steps
             steps.append(ScheduledStep(scale, self._chains(index, order, limit)))
-        schedule = Schedule(tuple(steps), order.stages, detail, positions)
+        schedule = Schedule(tuple(steps), order.stages, detail, positions, self.temperature)
         return make_plan(schedule, policy, buffer_size=model.buffer_size)
 
     def _order(self, seq_len: int, known: Sequence[int]) -> Order:
@@ -509,8 +509,7 @@ def sample_tokens(
     latents, mask = known or (None, None)
     method = with_settings(model, method, settings)
     plan = method.plan(model, cfg=cfg, cfg_schedule=cfg_schedule, known=mask)
-    sampler = Sampler(model, plan, temperature=method.temperature)
-    return sampler(class_labels, noise, known=latents if plan.schedule.known else None)
+    return Sampler(model, plan)(class_labels, noise, known=latents if plan.schedule.known else None)
 
 
 def count_flops(

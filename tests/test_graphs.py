@@ -70,7 +70,7 @@ def capturing_sampler(name: str = "lazymar", capture: type = OperationCapture, *
 
 
 def eager(sampler: Sampler, labels: Tensor, noise) -> Tensor:
-    return Sampler(sampler.model, sampler.plan, temperature=0.9)(labels, noise)
+    return Sampler(sampler.model, sampler.plan)(labels, noise)
 
 
 # Chains that grow shorter, some of them shared by several steps; tokens with a chain of their own; a mix of branches.

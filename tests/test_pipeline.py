@@ -1,5 +1,6 @@
 """`MARPipeline`: the images of eval.py, inpainting, and one sentence for each mistake."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,19 @@ def test_output_types_agree(pipe):
 
 def test_the_same_call_again_is_warm(pipe):
     first = pipe([7, 2], method="lazymar", **QUICK)
-    sampler = pipe.sampler(first.plan, temperature=1.0)
+    sampler = pipe.sampler(first.plan)
     assert sampler.is_warm(2)
     second = pipe([7, 2], method="lazymar", seed=1, **QUICK)
-    assert pipe.sampler(first.plan, temperature=1.0) is sampler and second.images[0] != first.images[0]
+    assert pipe.sampler(first.plan) is sampler and second.images[0] != first.images[0]
     assert second.flops == count_flops(pipe.model, "lazymar", cfg=5.0, num_iter=6, num_sampling_steps=4)
     pipe([7, 2], method="mar", **QUICK)
-    assert pipe.sampler(first.plan, temperature=1.0) is not sampler
+    assert pipe.sampler(first.plan) is not sampler
+
+
+def test_the_guidance_is_the_presets_by_default(pipe):
+    preset = replace(pipe.preset, cfg=2.0, cfg_schedule="constant")  # as eMIGM's are
+    plan = MARPipeline(pipe.model, pipe.vae, preset)(7, **QUICK).plan
+    assert [step.cfg for step in plan] == [2.0] * 6
 
 
 def test_a_callback_sees_tokens_become_known_and_can_end_the_call(pipe):

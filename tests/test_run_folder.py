@@ -49,7 +49,7 @@ def test_what_was_saved_is_read_again(folder):
     )
     assert folder.missing() == [3, 4, 5]
     folder.save(make_batch(3, 4, 5, 6))  # another process wrote the last image, too, with other images before it
-    assert folder.outputs("features")[:, 0].tolist() == list(range(7)) and not folder.missing()
+    assert folder.outputs()["features"][:, 0].tolist() == list(range(7)) and not folder.missing()
 
 
 def test_other_settings_are_named_and_another_environment_is_printed(folder, capsys):

@@ -179,8 +179,8 @@ EXPLICIT = [
 @pytest.mark.parametrize("policy", [None, CachePolicy(start_step=1, refresh_interval=3)], ids=["baseline", "lazy"])
 def test_explicit_tokens_and_cfg_scales(changes: dict, policy: CachePolicy | None) -> None:
     method, labels = Method(num_iter=6, num_sampling_steps=10, cache=policy), LABELS[:1]
-    plan = make_plan(mar_schedule(64, num_iter=6, num_sampling_steps=10, **changes), policy, buffer_size=8)
-    sampler = Sampler(MODEL, plan, temperature=0.9)
+    schedule = mar_schedule(64, num_iter=6, num_sampling_steps=10, temperature=0.9, **changes)
+    sampler = Sampler(MODEL, make_plan(schedule, policy, buffer_size=8))
     noise = sampler.noise(5, [0])
     expected = naive.sample_tokens(
         MODEL, labels, method, cfg_schedule="linear", temperature=0.9, noise=noise, **changes

@@ -77,9 +77,9 @@ def short_settings(name: str, **changes: Any) -> dict[str, Any]:
 
 def make_sampler(model: MAR, method: Method | str = "mar", **settings: Any) -> Sampler:
     """A sampler for a method whose settings may be replaced, by default with the guidance of `GUIDANCE`."""
-    cfg, cfg_schedule, temperature = (settings.pop(name, default) for name, default in GUIDANCE.items())
-    plan = with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule)
-    return Sampler(model, plan, temperature=temperature)
+    settings = GUIDANCE | settings
+    cfg, cfg_schedule = settings.pop("cfg"), settings.pop("cfg_schedule")
+    return Sampler(model, with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule))
 
 
 def batch_of(model: MAR, size: int, seed: int = 5, num_sampling_steps: int = 21) -> tuple[Tensor, ImageNoise]:

@@ -78,13 +78,14 @@ class RunFolder:
         finished = {index for batch in self.finished() for index in batch.indices}
         return sorted(set(range(len(self.labels))) - finished)
 
-    def outputs(self, name: str) -> np.ndarray:
-        """Read one output of all images [N, ...], in the order of their numbers; nan for what is not finished."""
-        outputs = np.empty(0)
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """Read the outputs of all images [N, ...] by name, in the order of their numbers; nan for what is missing."""
+        outputs: dict[str, torch.Tensor] = {}
         for batch in self.finished():
-            if not len(outputs):
-                outputs = np.full((len(self.labels), *batch.outputs[name].shape[1:]), np.nan, np.float32)
-            outputs[batch.indices] = batch.outputs[name]
+            for name, values in batch.outputs.items():
+                if name not in outputs:
+                    outputs[name] = torch.full((len(self.labels), *values.shape[1:]), math.nan)
+                outputs[name][batch.indices] = torch.from_numpy(values)
         return outputs
 
     def seconds(self) -> dict[str, float]:

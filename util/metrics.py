@@ -171,6 +171,11 @@ METRICS = {
 }
 
 
+def needs_dinov2(metrics: Sequence[str]) -> bool:
+    """Return whether one of the metrics is computed from features of DINOv2."""
+    return any("dinov2_mu" in METRICS[name].needs for name in metrics)
+
+
 def score(
     outputs: Mapping[str, Tensor],
     reference: Statistics,

@@ -102,7 +102,7 @@ class MARPipeline:
         mask_image: Any = None,
         method: Method | str = "mar",
         cfg: float | None = None,
-        cfg_schedule: str = "linear",
+        cfg_schedule: str | None = None,
         seed: int = 0,
         image_numbers: Sequence[int] | None = None,
         num_images_per_label: int = 1,
@@ -123,7 +123,7 @@ class MARPipeline:
                                   every other pixel keeps the image's value.
             method:               a `Method` or its name, such as "lazymar" or "fast".
             cfg:                  scale of classifier-free guidance; default: the preset's.
-            cfg_schedule:         "linear" or "constant".
+            cfg_schedule:         "linear" or "constant"; default: the preset's.
             seed:                 of all random numbers.
             image_numbers:        [B] numbers of the images in the run, each with noise of its own; default: 0 to B - 1.
             num_images_per_label: images of each label; they follow one another.
@@ -151,9 +151,10 @@ class MARPipeline:
             repainted, known = self._read_mask(mask_image)
             latents = self.encode(original)
         cfg = self.preset.cfg if cfg is None else cfg
+        cfg_schedule = self.preset.cfg_schedule if cfg_schedule is None else cfg_schedule
         method = with_settings(self.model, method, settings)
         self.plan = plan = method.plan(self.model, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
-        sampler = self.sampler(plan, temperature=method.temperature)
+        sampler = self.sampler(plan)
         with tqdm(total=len(plan), disable=not progress, unit="step") as bar:
             follow = self._follow(bar, callback_on_step_end, len(class_labels), latents, known)
             noise = sampler.noise(seed, numbers)

@@ -22,11 +22,12 @@ from util.files import atomic_write, file_digest
 from util.folder import Batch, RunFolder, check_folder, open_folder
 from util.images import encode_png, image_grid
 from util.machine import out_of_memory_explained
-from util.metrics import Statistics, score, score_table
+from util.metrics import Statistics, needs_dinov2, score, score_table
 from util.options import Options, describe_method
 from util.processes import GO_ON, Job
 from util.weights import find_weights
 
+IMAGES_PER_FEATURE = 5  # with fewer, the estimated covariance makes FID far too high
 GRID_IMAGES = 80  # in grid.png: 8 of each class where there are 10
 WRITERS = 4  # batches that are written in the background
 VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
@@ -110,9 +111,8 @@ class Run:
         """Return the scores of all images, and what they compare with; nothing if no scores are wanted."""
         if self.extractor is None or self.reference is None:
             return {}
-        names = [name for names in self.extractor.networks for name in names]
         scores = score(
-            {name: torch.from_numpy(self.folder.outputs(name)) for name in names},
+            self.folder.outputs(),
             self.reference,
             self.options.metrics,
             labels=self.folder.labels,
@@ -147,7 +147,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
         check_folder(options.output_dir, settings)  # before the work that digests and networks take
     reference, extractor = None, None
     if options.score:
-        features, with_dinov2 = options.preset.features, "fd_dinov2" in options.metrics
+        features, with_dinov2 = options.preset.features, needs_dinov2(options.metrics)
         reference = Statistics.load(options.statistics, FEATURES_DIMS[features], options.metrics)
         load = partial(load_extractor, features, options.inception_weights, device, with_dinov2=with_dinov2)
         extractor = job.in_turn(load)
@@ -165,6 +165,11 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
         job.print0(f"{folder.path}: {there:,} of {options.num_images:,} images are there")
         if options.class_labels is None and options.num_images % options.class_num:
             job.print0(f"note: {options.num_images:,} images are not a multiple of {options.class_num} classes")
+        if options.score and options.num_images < IMAGES_PER_FEATURE * FEATURES_DIMS[options.preset.features]:
+            job.print0(
+                f"note: the FID of only {options.num_images:,} images is far too high: compare it with the FID "
+                "of as many images alone"
+            )
         stack.enter_context(out_of_memory_explained(batch_size))
         yield run
 

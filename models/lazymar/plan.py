@@ -141,11 +141,6 @@ class Plan:
         """The different plans of the diffusion head."""
         return list(dict.fromkeys(head for step in self for head, _ in step.chains))
 
-    @property
-    def head_evaluations(self) -> int:
-        """Number of sequential evaluations of the head."""
-        return sum(len(head.steps) for step in self for head, _ in step.chains)
-
     def __str__(self) -> str:
         lines = ["step  kind     known  predicts    cfg  branches  recomputes   denoising steps"]
         for step in self:

@@ -1,6 +1,5 @@
 """The loop over a run's autoregressive steps, for the baseline and every cache policy alike."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -42,16 +41,13 @@ class Sampler:
     Args:
         model:       the network; its device and dtype are used.
         plan:        what each step computes, by `make_plan`.
-        temperature: scales the noise of the denoising steps; with a solver, the initial noise.
         cuda_graphs: False never captures CUDA graphs.
 
     Raises:
-        ValueError: the temperature is out of range, or the plan does not fit the model.
+        ValueError: the plan does not fit the model.
     """
 
-    def __init__(self, model: MAR, plan: Plan, *, temperature: float = 1.0, cuda_graphs: bool = True) -> None:
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
+    def __init__(self, model: MAR, plan: Plan, *, cuda_graphs: bool = True) -> None:
         if plan.num_rows != model.buffer_size + model.seq_len:
             raise ValueError(f"the plan is of {plan.num_rows} rows, the model has {model.buffer_size + model.seq_len}")
         self.model, self.plan, self.device = model, plan, model.mask_token.device
@@ -59,7 +55,10 @@ class Sampler:
         self.num_draws = max(step.num_draws for step in plan)
         with torch.inference_mode():
             self.guidance = torch.tensor([step.cfg - 1 for step in plan], dtype=self.dtype, device=self.device)
-            self.heads = {head: HeadSampler(model.diffloss.net, head, temperature, self.dtype) for head in plan.heads}
+            self.heads = {
+                head: HeadSampler(model.diffloss.net, head, plan.schedule.temperature, self.dtype)
+                for head in plan.heads
+            }
         captures = cuda_graphs and self.device.type == "cuda"
         self.make_capture: Callable[[], Capture] | None = partial(CudaCapture, self.device) if captures else None
         self.state: _State | None = None  # of the batch size seen last

@@ -49,22 +49,26 @@ class Schedule:
     """The autoregressive steps of a run, in order.
 
     Args:
-        steps:  one or more.
-        stages: for each position of the token grid, a number; tokens are predicted in ascending order of it, and in
-                random order where it is equal. None: in random order.
-        rank:   scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes the
-                tokens with the highest scores.
-        known:  positions of the tokens that are known from the start, ascending; the steps predict the others.
+        steps:       one or more.
+        stages:      for each position of the token grid, a number; tokens are predicted in ascending order of it, and
+                     in random order where it is equal. None: in random order.
+        rank:        scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes
+                     the tokens with the highest scores.
+        known:       positions of the tokens that are known from the start, ascending; the steps predict the others.
+        temperature: scales the noise of the denoising steps; with a solver, the initial noise.
 
-    Raises ValueError for a step without tokens, and for a CFG scale below 1.
+    Raises ValueError for a step without tokens, and for a CFG scale or a temperature out of range.
     """
 
     steps: tuple[ScheduledStep, ...]
     stages: tuple[int, ...] | None = None
     rank: Callable[[Tensor], Tensor] | None = None
     known: tuple[int, ...] = ()
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature}")
         for number, step in enumerate(self.steps):
             if min((chain.num_tokens for chain in step.chains), default=0) < 1:
                 raise ValueError(f"tokens_per_step must be at least 1, but step {number} predicts none")
@@ -85,6 +89,7 @@ def mar_schedule(
     cfg_schedule: str = "linear",
     num_sampling_steps: int | SolverSteps = 100,
     known: Sequence[int] = (),
+    temperature: float = 1.0,
 ) -> Schedule:
     """Return MAR's schedule over `seq_len` tokens, or over those of them that are missing.
 
@@ -95,6 +100,7 @@ def mar_schedule(
         cfg_schedule:       "linear" grows towards `cfg` with the number of predicted tokens; "constant" does not.
         num_sampling_steps: denoising steps of each chain, or a few-step solver.
         known:              positions of the tokens that are known from the start.
+        temperature:        see `Schedule`.
 
     Raises ValueError, naming the argument, for one that is out of range.
     """
@@ -108,7 +114,7 @@ def mar_schedule(
     else:
         timesteps, solver = tuple(reversed(respaced_timesteps(num_sampling_steps))), None
     chains = [(Chain(timesteps, count, solver),) for count in counts]
-    return Schedule(tuple(map(ScheduledStep, scales, chains)), known=tuple(known))
+    return Schedule(tuple(map(ScheduledStep, scales, chains)), known=tuple(known), temperature=temperature)
 
 
 def given_counts(seq_len: int, tokens_per_step: Sequence[int]) -> list[int]:

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from models.lazymar.flops import Flops
 from util.errors import InputError
@@ -52,10 +51,7 @@ def compare(row: Row, baseline: Row) -> dict[str, Spread]:
         return {}
     labels = np.array(row.folder.labels)
     reference = Statistics.load(row.options.statistics, FEATURES_DIMS[row.options.preset.features])
-    outputs = [
-        {name: torch.from_numpy(folder.outputs(name)) for name in ("features", "logits")}
-        for folder in (row.folder, baseline.folder)
-    ]
+    outputs = [folder.outputs() for folder in (row.folder, baseline.folder)]
     is_intended = outputs[0]["logits"].argmax(dim=1).numpy() == labels
 
     def measure(chosen: np.ndarray) -> list[float]:
