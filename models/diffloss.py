@@ -94,9 +94,10 @@ class DiffusionHead(nn.Module):
     def initialize_weights(self) -> None:
         """Xavier, with modulations at zero, so that every block starts as the identity, and eps = x at the output.
 
-        That is the answer at the noisiest timestep, where sampling forgives an error least. It takes a norm that is
-        nearly linear in x: the first layer adds a large bias, orthogonal to all that depends on x. The blocks' norms
-        subtract the bias again, so that they see x at unit scale; the last layer reads x as if it were not there.
+        That is the right output at the noisiest timestep, where sampling amplifies errors most. It needs a final norm
+        that is nearly linear in x, so the first layer adds a large bias, orthogonal to everything that depends on x.
+        The blocks' norms subtract the bias again, so that they see x at unit scale; the last layer's weights are
+        orthogonal to it.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

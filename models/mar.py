@@ -161,7 +161,7 @@ class MAR(nn.Module):
         patches = tokens.unflatten(1, (grid, grid)).unflatten(3, (self.vae_embed_dim, p, p))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
-    # Stages, in the order of use
+    # The parts of a step, in the order of use
 
     def encoder_input(self, class_embedding: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """Buffer rows and the given tokens [B, n, token_dim] at `positions` [B, n]; returns [B, P + n, D]."""
@@ -194,7 +194,7 @@ class MAR(nn.Module):
         return self.decoder_norm(decoded) + self.diffusion_pos_embed_learned[0, positions]
 
     def forward(self, class_embedding: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Conditions [B, L - n, D] of the unknown tokens; `positions` [B, L] lists the n known tokens' first."""
+        """Conditions [B, L - n, D] of unknown tokens; in `positions` [B, L], those of the n known tokens come first."""
         num_known = tokens.shape[1]
         encoded = self.encode(class_embedding, tokens, positions[:, :num_known])
         known = self.decoder_input(encoded, positions[:, :num_known])
@@ -208,7 +208,7 @@ def cast_model(model: MAR, dtype: torch.dtype) -> MAR:
     """Convert the model to `dtype` in place; under half precision the head's norms, first and last layer keep float32.
 
     First and last layer alone pass on tokens and predicted noise, whose errors the first denoising step multiplies by
-    316; the norms may have to subtract what is large beside them.
+    316; the norms may have to cancel a large bias, see `DiffusionHead.initialize_weights`.
     """
     head = model.diffloss.net
     sensitive = [head.input_proj, head.final_layer.linear, *(block.in_ln for block in head.res_blocks)]

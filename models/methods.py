@@ -392,7 +392,7 @@ RECAP = Method(
         start_step=0.5,
         refresh_interval=2,
         prune_layer=0,
-        kept_fractions=((0, 0.0),),
+        recomputed_fractions=((0, 0.0),),
         min_margin=0,
         condition_cache=False,
         head_cache=False,
@@ -405,7 +405,7 @@ RECAP = Method(
 LAZYFRESH = Method(
     cache=CachePolicy(
         start_step=1,
-        kept_fractions=((0, 0.5), (30, 0.25), (40, 0.15)),
+        recomputed_fractions=((0, 0.5), (30, 0.25), (40, 0.15)),
         condition_interval=3,
     )
 )

@@ -109,7 +109,7 @@ def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...], of_
 def kept_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_predicted: int) -> int:
     """How many rows are recomputed after the prune layer; `num_predicted` are those of this step and the one before."""
     progress = step * 64 // num_iter
-    fraction = [value for start, value in policy.kept_fractions if start <= progress][-1]
+    fraction = [value for start, value in policy.recomputed_fractions if start <= progress][-1]
     return min(num_rows, max(num_predicted + policy.min_margin, int(num_rows * fraction)))
 
 

@@ -75,7 +75,7 @@ def test_a_switch_is_turned_off_in_two_spellings():
 
 def test_the_help_shows_defaults_that_are_understood_as_they_are_written():
     text = " ".join(parser_of("eval").format_help().split())
-    names = "start_step refresh_interval prune_layer kept_fractions min_margin selection head_refresh_interval"
+    names = "start_step refresh_interval prune_layer recomputed_fractions min_margin selection head_refresh_interval"
     given = []
     for name in [*names.split(), "head_skipped_blocks", "head_warmup"]:
         given += [f"--{name}", re.search(rf" --{name} .*?\(default: ([^)]*)\)", text).group(1)]

@@ -110,18 +110,18 @@ SOLVERS = [SolverSteps(count, rule) for rule in RULES for count in (2, 3, 4, 6, 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("steps", SOLVERS, ids=str)
-def test_solvers_on_mar(steps: SolverSteps, cfg: float) -> None:
+def test_the_sampler_computes_the_solvers_definition(steps: SolverSteps, cfg: float) -> None:
     assert_equal_to_naive("mar", size=2, num_iter=3, num_sampling_steps=steps, cfg=cfg, temperature=0.8)
 
 
 @pytest.mark.parametrize("name", ["lazymar", "gtr", "recap", "lateguidance", "lazymar+gtr+lateguidance", "fast"])
-def test_a_solver_under_every_order_cache_and_guidance(name: str) -> None:
+def test_a_solver_composes_with_every_order_cache_and_guidance(name: str) -> None:
     assert_equal_to_naive(name, size=2, num_sampling_steps=SolverSteps(7))
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iter": 8}, {"guidance_interval": (0.35, 0.9)}], ids=str)
 @pytest.mark.parametrize("caches", [{}, {"condition_cache": False}, {"token_cache": False}], ids=str)
-def test_emigm_with_lazymar(changes: dict, caches: dict) -> None:
+def test_lazymars_caches_on_emigm_compute_the_definition(changes: dict, caches: dict) -> None:
     cache = CachePolicy(start_step=8, refresh_interval=14, **caches)  # of 64 steps
     settings = {**METHODS["emigm"].changes, "cache": cache, "num_iter": 12, **changes}
     assert_equal_to_naive("lazymar", model=random_model(one_fake_token=True, patch_size=2), **settings)
@@ -137,8 +137,10 @@ def test_tokens_per_step_and_an_interval_compose() -> None:
 
 def test_the_head_cache_has_no_use_with_a_solver() -> None:
     plan = find_method("lazymar").replaced(num_sampling_steps=SolverSteps(8)).plan(MODEL, cfg=3.0)
-    assert sum(len(head.steps) for step in plan for head, _ in step.chains) == 64 * 8
-    assert {(kind, head.skipped_blocks) for head in plan.heads for kind in head.steps} == {(DenoisingStep.FULL, ())}
+    assert sum(len(head.steps) for step in plan for head, _ in step.head_plans) == 64 * 8
+    assert {(kind, head.skipped_blocks) for head in plan.head_plans for kind in head.steps} == {
+        (DenoisingStep.FULL, ())
+    }
 
 
 FEW_512, MANY_512 = (16, "solver:8:singlestep", (0.15, 0.35)), (64, "solver:14:singlestep", (0.25, 0.5))
@@ -153,7 +155,9 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("model", "num_iter", "solver", "interval"), PUBLISHED)
-def test_published_settings(model: str, num_iter: int, solver: str, interval: tuple[float, float]) -> None:
+def test_each_preset_gets_its_published_settings(
+    model: str, num_iter: int, solver: str, interval: tuple[float, float]
+) -> None:
     steps = [] if num_iter == 16 else ["--num_iter", str(num_iter)]
     options = parse_options(["--model", model, "--method", "lazymar+emigm", *steps])
     method = options.method

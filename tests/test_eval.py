@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_another_batch_size(copy, command, capsys, whole):
     assert run(command(copy, "--eval_bsz", 5)) == 0
     printed = capsys.readouterr().out
     assert "rounded differently (eval_bsz 2 there, 5 now)" in printed
-    assert "note: the FID of only 24 images is far too high" in printed
+    assert "note: the FID of so few images, 24, is far too high" in printed
     files = [sorted((folder / "images").iterdir()) for folder in (whole, copy)]
     before, after = (np.stack([np.array(Image.open(file)).astype(int) for file in each]) for each in files)
     assert abs(before - after).max() <= 1 and (before != after).mean() < 1e-3

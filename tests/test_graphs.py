@@ -96,7 +96,7 @@ def test_replayed_batches_are_those_of_the_eager_sampler(name: str, changes: dic
         labels, noise = batch_of(SMALL, size, seed)
         torch.testing.assert_close(sampler(labels, noise), eager(sampler, labels, noise), rtol=0, atol=0)
     assert sampler.make_capture is OperationCapture, "it has given up, and shows nothing"
-    heads = {(count, head) for step in sampler.plan for head, count in step.chains}
+    heads = {(count, head) for step in sampler.plan for head, count in step.head_plans}
     assert sampler.state._execute_head.captured.keys() == heads
 
 

@@ -62,7 +62,7 @@ def test_known_tokens_begin_every_method(name: str, mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["disa", "recap+gtr", "lazymar+lateguidance"])
-def test_other_methods_and_several_images(name: str) -> None:
+def test_other_methods_compute_the_definition_for_several_images(name: str) -> None:
     changes = {"num_iter": (3, 2, 2)} if "gtr" in name else {}
     result, expected = sample_both(name, torch.arange(16) % 4 < 2, SMALL, 3, **changes)
     assert relative_error(result, expected) < 1e-9
@@ -70,7 +70,7 @@ def test_other_methods_and_several_images(name: str) -> None:
 
 POLICIES = [
     {"selection": "random"},
-    {"prune_layer": 0, "min_margin": 0, "kept_fractions": ((0, 0.0),), "start_step": 0, "refresh_interval": 100},
+    {"prune_layer": 0, "min_margin": 0, "recomputed_fractions": ((0, 0.0),), "start_step": 0, "refresh_interval": 100},
     {"prune_layer": 1, "condition_cache": False, "start_step": 1},
     {"token_cache": False, "start_step": 1},
     {"head_cache": False, "refresh_steps": (3, 60)},
@@ -79,7 +79,7 @@ POLICIES = [
 
 @pytest.mark.parametrize("fields", POLICIES, ids=str)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-def test_any_cache_policy(fields: dict, cfg: float) -> None:
+def test_any_cache_policy_computes_the_definition(fields: dict, cfg: float) -> None:
     result, expected = sample_both("mar", MASKS["left half"], cache=CachePolicy(**fields), cfg=cfg, batch=2)
     assert relative_error(result, expected) < 1e-9
 

@@ -20,7 +20,7 @@ def plan_of(name: str, **settings) -> Plan:
 
 def lengths(plan: Plan) -> list[int]:
     """The denoising steps of the last chain of each step, which takes all tokens but the detailed ones."""
-    return [len(step.chains[-1][0].steps) for step in plan]
+    return [len(step.head_plans[-1][0].steps) for step in plan]
 
 
 def lazy_steps(name: str, **settings) -> list[int]:
@@ -35,9 +35,9 @@ def test_disa_takes_the_denoising_steps_of_its_paper() -> None:
     taken = lengths(plan)  # without the duplicates at timestep 950
     assert (taken[0], taken[-1], sum(taken)) == (48, 5, 1681)
     assert sum(steps * step.num_tokens for steps, step in zip(taken, plan)) == 5246
-    assert all((head.timesteps[0], head.timesteps[-1]) == (950, 0) for head in plan.heads)
-    assert plan.heads[-1].timesteps == (950, 749, 500, 250, 0)
-    assert plan_of("mar", num_sampling_steps=5).heads[0].timesteps == (999, 749, 500, 250, 0)
+    assert all((head.timesteps[0], head.timesteps[-1]) == (950, 0) for head in plan.head_plans)
+    assert plan.head_plans[-1].timesteps == (950, 749, 500, 250, 0)
+    assert plan_of("mar", num_sampling_steps=5).head_plans[0].timesteps == (999, 749, 500, 250, 0)
 
 
 def test_gtr_takes_the_steps_of_its_paper() -> None:
@@ -49,8 +49,10 @@ def test_gtr_takes_the_steps_of_its_paper() -> None:
     assert [stages[position] for position in (0, 1, 2, 3, 16, 17, 18, 34)] == [0, 2, 1, 2, 2, 1, 2, 0]
     asked = [METHODS["gtr"].num_sampling_steps.at(step, 32, 30) for step in range(32)]
     assert (asked[0], asked[29:], asked == sorted(asked, reverse=True)) == (50, [20, 20, 20], True)
-    detailed = [[(len(head.steps), count) for head, count in step.chains] for step in plan if len(step.chains) > 1]
-    assert detailed == [[(48, 6), (20, 58)]] * 2 and len(plan.steps[-2].chains) == 2
+    detailed = [
+        [(len(head.steps), count) for head, count in step.head_plans] for step in plan if len(step.head_plans) > 1
+    ]
+    assert detailed == [[(48, 6), (20, 58)]] * 2 and len(plan.steps[-2].head_plans) == 2
 
 
 def test_a_stage_begins_with_a_refresh_step() -> None:
@@ -61,18 +63,18 @@ def test_a_stage_begins_with_a_refresh_step() -> None:
 
 
 def test_the_heads_refresh_interval_shortens_with_annealed_chains() -> None:
-    for head in plan_of("lazymar+disa").heads:
+    for head in plan_of("lazymar+disa").head_plans:
         length = len(head.steps)
         full = [index for index in range(length) if head.steps[length - 1 - index] is DenoisingStep.FULL]
         assert full == sorted({*range(0, length, math.ceil(0.07 * length)), length - 1})
-    assert {head.steps.count(DenoisingStep.FULL) for head in plan_of("lazymar").heads} == {16}
+    assert {head.steps.count(DenoisingStep.FULL) for head in plan_of("lazymar").head_plans} == {16}
 
 
 def test_recap_alternates_in_the_second_half() -> None:
     plan = plan_of("recap")
     for step, length in zip(plan, lengths(plan)):
         group = 320 if step.refresh else step.stop - step.previous_start
-        assert (step.num_recomputed, step.num_branches, length) == (group, 2, 100 if step.refresh else 40)
+        assert (step.num_recomputed, step.transformer_branches, length) == (group, 2, 100 if step.refresh else 40)
     assert lazy_steps("recap+gtr") == [17, 19, 21, 23, 25, 27, 29, 31]
     for num_iter in (36, 48, 63, 64, 128):  # of the paper, but for the odd one
         assert lazy_steps("recap", num_iter=num_iter) == list(range(math.ceil(num_iter / 2) + 1, num_iter, 2))
@@ -86,8 +88,8 @@ def test_unguided_steps_compute_the_unconditional_branch_only_for_later_ones(fie
     for step in plan:
         until = next(start for start in starts if start > step.index)
         wanted = any(later.cfg > 1 for later in plan.steps[step.index : until])
-        assert step.num_branches == 1 + (wanted and (step.refresh or plan.lazy_branches == 2))
-        assert step.chains[0][0].num_branches == 1 + (step.cfg > 1)
+        assert step.transformer_branches == 1 + (wanted and (step.refresh or plan.lazy_branches == 2))
+        assert step.head_plans[0][0].num_branches == 1 + (step.cfg > 1)
 
 
 def test_a_printed_plan_shows_every_step() -> None:
@@ -152,6 +154,6 @@ def test_settings_out_of_range_are_named(setting: str, make: Callable | None, gi
 
 def test_settings_replace_those_of_a_method() -> None:
     plan = make_sampler(MODEL, "lazymar+disa", num_iter=8, cache=None).plan
-    assert len(plan) == 8 and not plan.policy.token_cache and plan.heads[0].timesteps[0] == 950
+    assert len(plan) == 8 and not plan.policy.token_cache and plan.head_plans[0].timesteps[0] == 950
     with pytest.raises(TypeError, match="num_steps"):
         make_sampler(MODEL, num_steps=3)

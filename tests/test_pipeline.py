@@ -114,7 +114,7 @@ def test_pixels_outside_the_mask_are_the_originals(pipe, method):
     assert out.plan.steps[0].start == 256 - 14 * 8 and out.plan.steps[-1].stop == 256
 
 
-def test_known_tokens_are_the_vaes(pipe):
+def test_known_tokens_are_encoded_by_the_vae(pipe):
     tensor = torch.from_numpy(PICTURE).permute(2, 0, 1) / 255
     latents = pipe([7], image=tensor, mask_image=RIGHT, output_type="latent", **QUICK).images
     expected = pipe.vae.encode(2 * tensor[None] - 1) * PRESETS["mar_tiny"].latent_scale

@@ -63,7 +63,7 @@ COMPOSITIONS = ["disa", "recap", "lateguidance", "fast", "lazymar+disa", "lazyma
 COMPOSITIONS += ["recap+gtr", "disa+recap+lateguidance"]
 CACHES = ("token_cache", "condition_cache", "head_cache")
 SWITCHES = [dict(zip(CACHES, on)) for on in product([True, False], repeat=3)]
-PREDICTED_ALONE = {"min_margin": 0, "kept_fractions": ((0, 0.0),)}
+PREDICTED_ALONE = {"min_margin": 0, "recomputed_fractions": ((0, 0.0),)}
 OTHER_RULES = [{"selection": rule} for rule in ("keys", "outputs")]
 BOTH_BRANCHES = [{"condition_interval": interval, "num_iter": 12} for interval in (1, 2, 3)]
 OTHER_GUIDANCE = [{"cfg": 1.0}, {"cfg_schedule": "constant"}]
@@ -137,7 +137,7 @@ RUNS_WITH_64_TOKENS: Runs = {name: [{}] for name in COMPOSITIONS} | {
         {"selection": "random"},
         {"selection": "random", "prune_layer": 0, "condition_cache": False, "min_margin": 0},
         {"min_margin": 1000},
-        {"kept_fractions": ((0, 1.0), (10, 0.7), (32, 0.35)), "min_margin": 0, "start_step": 0},
+        {"recomputed_fractions": ((0, 1.0), (10, 0.7), (32, 0.35)), "min_margin": 0, "start_step": 0},
     ],
 }
 
@@ -158,12 +158,12 @@ def test_the_sampler_computes_the_definition_for_several_images(name: str, chang
 
 
 @pytest.mark.parametrize("rows", [1, 40])  # they split groups of equal denoising steps
-def test_modulations_in_matmuls_of_any_size(rows: int, monkeypatch) -> None:
+def test_modulations_may_be_split_into_matmuls_of_any_size(rows: int, monkeypatch) -> None:
     monkeypatch.setattr(models.lazymar.head, "ROWS_PER_MATMUL", rows)
     assert_equal_to_naive("lazymar", size=2, num_sampling_steps=21)
 
 
-def test_encoder_and_decoder_of_different_size() -> None:
+def test_encoder_and_decoder_may_differ_in_size() -> None:
     model = random_model(encoder_embed_dim=24, encoder_num_heads=2, encoder_depth=1, decoder_num_heads=8, mlp_ratio=2)
     assert_equal_to_naive("lazymar", model=model)
 
@@ -177,7 +177,7 @@ EXPLICIT = [
 
 @pytest.mark.parametrize("changes", EXPLICIT, ids=str)
 @pytest.mark.parametrize("policy", [None, CachePolicy(start_step=1, refresh_interval=3)], ids=["baseline", "lazy"])
-def test_explicit_tokens_and_cfg_scales(changes: dict, policy: CachePolicy | None) -> None:
+def test_tokens_and_cfg_scales_may_be_listed(changes: dict, policy: CachePolicy | None) -> None:
     method, labels = Method(num_iter=6, num_sampling_steps=10, cache=policy), LABELS[:1]
     schedule = mar_schedule(64, num_iter=6, num_sampling_steps=10, temperature=0.9, **changes)
     sampler = Sampler(MODEL, make_plan(schedule, policy, buffer_size=8))
@@ -356,7 +356,14 @@ BAD_FIELDS = {
     "prune_layer": [-1],
     "min_margin": [-1],
     "selection": ["likeness"],
-    "kept_fractions": [(), ((1, 0.5),), ((0, 1.0), (9, 0.5), (9, 0.4)), ((0, 1.1),), ((0, -0.1),), ((0, math.nan),)],
+    "recomputed_fractions": [
+        (),
+        ((1, 0.5),),
+        ((0, 1.0), (9, 0.5), (9, 0.4)),
+        ((0, 1.1),),
+        ((0, -0.1),),
+        ((0, math.nan),),
+    ],
     "head_refresh_interval": [0, 1.5],
     "head_skipped_blocks": [(1, -2)],
     "head_warmup": [-0.1, 1.1, math.nan],

@@ -22,11 +22,8 @@ def why_unreadable(error: Exception) -> str:
 
 def describe_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe, for a message, the names that both mappings hold with different values."""
-    return [
-        f"{name} {there[name]} there, {value} now"
-        for name, value in now.items()
-        if name in there and there[name] != value
-    ]
+    changed = [name for name, value in now.items() if name in there and there[name] != value]
+    return [f"{name} {there[name]} there, {now[name]} now" for name in changed]
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -242,7 +242,7 @@ def _parser(description: str | None) -> Parser:
     add("--refresh_steps", type=numbers(int, 0), metavar="STEP,...", help="the refresh steps, in place of these two")
     add("--prune_layer", type=number(int, 0), metavar="N",
         help="decoder block that chooses rows: from its attention on only these are recomputed (default: 3)")
-    add("--kept_fractions", type=_step_fractions, metavar="STEP:FRACTION,...",
+    add("--recomputed_fractions", type=_step_fractions, metavar="STEP:FRACTION,...",
         help="from this step of 64 on, recompute this fraction of the rows (default: "
              "0:1,20:0.6,21:0.5,25:0.4,30:0.15,35:0.12,40:0.05)")
     add("--min_margin", type=number(int, 0), metavar="N",

@@ -167,8 +167,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
             job.print0(f"note: {options.num_images:,} images are not a multiple of {options.class_num} classes")
         if options.score and options.num_images < IMAGES_PER_FEATURE * FEATURES_DIMS[options.preset.features]:
             job.print0(
-                f"note: the FID of only {options.num_images:,} images is far too high: compare it with the FID "
-                "of as many images alone"
+                f"note: the FID of so few images, {options.num_images:,}, is far too high: compare it among such runs"
             )
         stack.enter_context(out_of_memory_explained(batch_size))
         yield run

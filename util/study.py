@@ -18,27 +18,27 @@ METHODS_COMPARED = (*TABLE_METHODS, "disa", "gtr", "recap", *COMPOSITIONS, "fast
 PAPER, ALL_ROWS = CachePolicy(), ((0, 1.0),)
 
 
-def rows_kept(factor: float) -> CachePolicy:
+def rows_recomputed(factor: float) -> CachePolicy:
     """Return LazyMAR's policy with `factor` times the paper's rows."""
-    fractions = tuple((step, min(1.0, factor * fraction)) for step, fraction in PAPER.kept_fractions)
-    return CachePolicy(kept_fractions=fractions, min_margin=int(factor * PAPER.min_margin))
+    fractions = tuple((step, min(1.0, factor * fraction)) for step, fraction in PAPER.recomputed_fractions)
+    return CachePolicy(recomputed_fractions=fractions, min_margin=int(factor * PAPER.min_margin))
 
 
 ABLATIONS = {
     "caches": {
         "both": PAPER,
         "token cache": CachePolicy(condition_cache=False),
-        "token cache of the encoder": CachePolicy(condition_cache=False, kept_fractions=ALL_ROWS),
+        "token cache of the encoder": CachePolicy(condition_cache=False, recomputed_fractions=ALL_ROWS),
         "condition cache": CachePolicy(token_cache=False),
     },
     "refresh_interval": {str(steps): CachePolicy(refresh_interval=steps) for steps in (3, 5, 7, 9, 11, 13, 17)},
     "start_step": {str(step): CachePolicy(start_step=step) for step in (0, 5, 10, 20)},
     "prune_layer": {str(block): CachePolicy(prune_layer=block) for block in (0, 1, 3, 5)},
-    "rows_kept": {
-        "half": rows_kept(0.5),
+    "rows_recomputed": {
+        "half": rows_recomputed(0.5),
         "as listed": PAPER,
-        "twice": rows_kept(2),
-        "all": CachePolicy(kept_fractions=ALL_ROWS),
+        "twice": rows_recomputed(2),
+        "all": CachePolicy(recomputed_fractions=ALL_ROWS),
     },
     "selection": {rule: CachePolicy(selection=rule) for rule in RULES},
     "condition_interval": {str(steps): CachePolicy(condition_interval=steps) for steps in (None, 5, 3, 2)},

@@ -1,7 +1,7 @@
 """The token cache and the condition cache. The head cache is in `head.py`, beside the only loop that uses it.
 
-A batch is computed as one sequence per image and branch, those of the conditional branch first. Shapes here count
-sequences: [B, ...] are B sequences. A cache that holds fewer sequences than a step computes stores the first ones.
+A batch of B images is computed as N sequences: one per image and branch, those of the conditional branch first. A cache
+that holds fewer sequences than a step computes stores the first ones.
 
 Everything is written in place, because captured CUDA graphs read it at a fixed address.
 """
@@ -17,24 +17,24 @@ from models.mar import MAR
 
 
 class KeyValueCache:
-    """Keys and values of all rows of one transformer block, side by side in one tensor [B, R, 2D]."""
+    """Keys and values of all rows of one transformer block, side by side in one tensor [N, R, 2D]."""
 
     def __init__(self, num_sequences: int, num_rows: int, buffer_size: int, like: Tensor) -> None:
         self.buffer_size = buffer_size
         self.rows = like.new_empty(num_sequences, num_rows, 2 * like.shape[-1])
 
     def write_known(self, step: Step, new: Tensor) -> Tensor:
-        """Write rows [B, P + n, 2D] of the buffer and the step's new tokens; return those of all known tokens."""
+        """Write rows [N, P + n, 2D] of the buffer and the encoded tokens; return those of all known tokens too."""
         write_slices(self.rows, self.buffer_size, step.encoded, new)
         return self.rows[: len(new), : self.buffer_size + step.start]
 
     def write_all(self, new: Tensor) -> None:
-        """Overwrite all rows of the sequences in `new` [B, R, 2D]."""
+        """Overwrite all rows of the sequences in `new` [N, R, 2D]."""
         written = self.rows[: len(new)]
         written.copy_(new[: len(written)])
 
     def write_recomputed(self, chosen: Tensor, new: Tensor) -> Tensor:
-        """Write rows [B, n, 2D] at flat indices `chosen` [B * n]; return all rows of these sequences."""
+        """Write rows [N, n, 2D] at flat indices `chosen` [N * n]; return all rows of these sequences."""
         rows = self.rows[: len(new)]
         rows.flatten(0, 1).index_copy_(0, chosen, new.flatten(0, 1))
         return rows
@@ -44,8 +44,8 @@ class TokenCache:
     """The paper's token cache: features of most tokens hardly change from one step to the next.
 
     A refresh step computes all rows and leaves their keys and values here: in every encoder block those of the buffer
-    and the known tokens, in the decoder blocks after the prune layer those of all rows. A lazy step computes these rows
-    and overwrites their keys and values:
+    and the known tokens, in the decoder blocks after the prune layer those of all rows. A lazy step computes only the
+    following rows, and overwrites their keys and values:
 
     - in the encoder the buffer and the tokens predicted at the step before;
     - in the decoder all rows up to the keys and values of the prune layer, and from its attention on the rows that
@@ -67,9 +67,9 @@ class TokenCache:
         self.rule = RULES[policy.selection](len(plan), num_sequences, plan.num_rows, num_heads, model.mask_token)
 
     def choose_rows(self, step: Step, features: Tensor) -> Tensor:
-        """Choose the rows to recompute, given the rule's features of all rows [B, R, D].
+        """Choose the rows to recompute, given the rule's features of all rows [N, R, D].
 
-        Returns row numbers [B, num_recomputed]: first the tokens from `step.previous_start` on, which the decoder sees
+        Returns row numbers [N, num_recomputed]: first the tokens from `step.previous_start` on, which the decoder sees
         as known for the first time, then those whose output is needed, up to `step.output_stop`, then the rows that the
         rule scores lowest.
         """
@@ -81,7 +81,7 @@ class TokenCache:
         return torch.cat([always, others], dim=1)
 
     def flat_indices(self, rows: Tensor) -> Tensor:
-        """Return row numbers [B, n] as flat indices [B * n] into the B * R rows of all sequences."""
+        """Return row numbers [N, n] as flat indices [N * n] into the N * R rows of all sequences."""
         offsets = self.num_rows * torch.arange(len(rows), device=rows.device)
         return (rows + offsets[:, None]).flatten()
 
@@ -90,8 +90,8 @@ class ConditionCache:
     """The paper's condition cache: the two branches of guidance differ by nearly the same at successive steps.
 
     A step that computes both branches, such as a refresh step, stores the difference of the last block's outputs,
-    unconditional - conditional, for the tokens predicted before the next such step. The steps between compute the
-    conditional branch and add the difference to it.
+    unconditional - conditional, for the tokens predicted from this step until the next such step. The steps between
+    compute the conditional branch and add the difference to it.
     """
 
     def __init__(self, model: MAR, num_images: int) -> None:
@@ -108,7 +108,7 @@ class ConditionCache:
 
 
 def write_slices(rows: Tensor, buffer_size: int, tokens: slice, new: Tensor) -> None:
-    """Write `new` [B, P + n, D], the buffer and the n given tokens, into `rows` [B, P + L, D].
+    """Write `new` [N, P + n, D], the buffer and the n given tokens, into `rows` [N, P + L, D].
 
     Sequences that `rows` has no room for are dropped. All sequences write to the same two slices.
     """

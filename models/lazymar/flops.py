@@ -31,12 +31,14 @@ class Flops(NamedTuple):
 def flops_per_step(model: MAR, plan: Plan) -> list[Flops]:
     """Return the FLOPs of each step for one image. `model` may be on any device, "meta" too.
 
-    What is computed once per batch or per run is in the first step: the first decoder block's projections of masked
+    What is computed once per batch or per sampler is in the first step: the first decoder block's projections of masked
     tokens, and the embeddings of the timesteps.
     """
-    steps = [Flops(encoder(model, step), decoder(model, plan, step), head(model, step)) for step in plan]
+    steps = [
+        Flops(encoder_flops(model, step), decoder_flops(model, plan, step), head_flops(model, step)) for step in plan
+    ]
     width, head_width = model.mask_token.shape[-1], model.diffloss.net.input_proj.out_features
-    timesteps = sum(len(head_plan.steps) for head_plan in plan.heads)
+    timesteps = sum(len(head_plan.steps) for head_plan in plan.head_plans)
     once_in_decoder = 2 * model.seq_len * width * 3 * width
     once_in_head = 2 * timesteps * head_width * (2 * NUM_FREQUENCIES + head_width)
     first = steps[0]
@@ -51,15 +53,15 @@ def block_flops(block: Block, projected: int, queries: int, keys: int) -> int:
     return 2 * projected * width * 3 * width + attention + 2 * queries * width * (width + 2 * mlp_width)
 
 
-def encoder(model: MAR, step: Step) -> int:
+def encoder_flops(model: MAR, step: Step) -> int:
     """FLOPs of a step in the encoder."""
     new, known = step.encoded.stop - step.encoded.start, model.buffer_size + step.start
     rows = model.buffer_size + new
     blocks = sum(block_flops(block, rows, rows, known) for block in model.encoder_blocks)
-    return step.num_branches * (2 * new * model.token_dim * model.fake_latent.shape[-1] + blocks)
+    return step.transformer_branches * (2 * new * model.token_dim * model.fake_latent.shape[-1] + blocks)
 
 
-def decoder(model: MAR, plan: Plan, step: Step) -> int:
+def decoder_flops(model: MAR, plan: Plan, step: Step) -> int:
     """FLOPs of a step in the decoder."""
     changed = model.buffer_size + step.encoded.stop - step.encoded.start
     total = 2 * changed * model.decoder_embed.in_features * model.decoder_embed.out_features
@@ -71,27 +73,27 @@ def decoder(model: MAR, plan: Plan, step: Step) -> int:
         elif plan.policy.token_cache and number == plan.policy.prune_layer:
             rows = step.num_recomputed
         total += block_flops(block, projected, rows, plan.num_rows)
-    return step.num_branches * total
+    return step.transformer_branches * total
 
 
-def head(model: MAR, step: Step) -> int:
+def head_flops(model: MAR, step: Step) -> int:
     """FLOPs of a step in the diffusion head."""
-    return sum(num_tokens * chain(model, head_plan) for head_plan, num_tokens in step.chains)
+    return sum(num_tokens * chain_flops(model, head_plan) for head_plan, num_tokens in step.head_plans)
 
 
-def chain(model: MAR, plan: HeadPlan) -> int:
+def chain_flops(model: MAR, plan: HeadPlan) -> int:
     """FLOPs of a denoising chain for one token."""
     net = model.diffloss.net
     width, depth = net.input_proj.out_features, len(net.res_blocks)
     computed = depth - sum(number in plan.skipped_blocks for number in range(depth))
     block = 2 * width * 3 * width + 2 * 2 * width * width  # modulation, then the MLP's two layers
     gate = 2 * width * width
-    ends = 2 * model.token_dim * width  # the first layer, which both branches share
-    outputs = 2 * width * (2 * width + 2 * model.token_dim)  # modulation and linear map of the last layer
+    first_layer = 2 * model.token_dim * width  # both branches share it
+    last_layer = 2 * width * (2 * width + 2 * model.token_dim)  # modulation and linear map of the last layer
     per_step = {
-        DenoisingStep.FULL: plan.num_branches * (depth * block + outputs) + ends,
-        DenoisingStep.WARMUP: computed * block + outputs + ends,
-        DenoisingStep.REUSE: computed * gate + outputs + ends,
+        DenoisingStep.FULL: plan.num_branches * (depth * block + last_layer) + first_layer,
+        DenoisingStep.WARMUP: computed * block + last_layer + first_layer,
+        DenoisingStep.REUSE: computed * gate + last_layer + first_layer,
     }
     steps = sum(count * per_step[kind] for kind, count in Counter(plan.steps).items())
     return plan.num_branches * 2 * net.cond_embed.in_features * width + steps

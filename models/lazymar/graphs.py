@@ -16,8 +16,8 @@ class CaptureError(RuntimeError):
 class CudaCapture:
     """Captures CUDA graphs on a device. They share one memory pool.
 
-    Graphs must be replayed in the order of their capture; or in any order if nothing outlives a graph but its output,
-    and that is read before another graph is replayed.
+    Graphs that read what others have written must be replayed in the order of their capture. In any other order, a
+    graph's output is valid only until the next replay.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Executor:
     The first batch is the warm-up: it finishes lazy library initialization, which cannot be captured.
 
     Args:
-        make_capture: makes the `Capture` for functions that are always called in the same order; None: run eagerly.
+        make_capture: makes the `Capture`; see `CudaCapture` for the order of calls. None: run eagerly.
     """
 
     def __init__(self, make_capture: Callable[[], Capture] | None) -> None:

@@ -19,11 +19,11 @@ ROWS_PER_MATMUL = 4096  # modulations of several denoising steps are computed in
 
 
 class HeadCache:
-    """The paper's head cache: what the denoising steps of one chain reuse, of the conditional branch.
+    """The paper's head cache: what the denoising steps of one chain reuse. It holds the conditional branch alone.
 
     mlp_outputs: each block's MLP output, before the gate; stored by full and warm-up steps, read by reuse steps.
-    residuals:   residual of each consecutive group of skipped blocks, keyed by its first block; stored by full steps.
-    direction:   of guidance: predicted noise, conditional - unconditional; stored by full steps. None without guidance.
+    residuals:   output - input of each consecutive group of skipped blocks, by its first block; stored by full steps.
+    direction:   guidance direction, eps_cond - eps_uncond; stored by full steps. None without guidance.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class HeadCache:
 class HeadSampler:
     """Samples tokens for given conditions by one denoising chain.
 
-    Noisy tokens, residual stream, first and last layer and the denoising step are in `dtype`, the blocks' matmuls in
-    the head's own dtype: the first of 100 denoising steps multiplies an error of the predicted noise by 316.
+    Noisy tokens, residual stream, first and last layer and the denoiser are in `dtype`, the blocks' matmuls in the
+    head's own dtype: the first of 100 denoising steps multiplies an error of the predicted noise by 316.
     """
 
     def __init__(self, head: DiffusionHead, plan: HeadPlan, temperature: float, dtype: torch.dtype) -> None:
@@ -46,10 +46,10 @@ class HeadSampler:
 
         given = temperature, head.input_proj.weight.device, dtype
         self.denoiser = Solver(plan.solver, *given) if plan.solver else Ancestral(plan.timesteps, *given)
-        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; of int64, or float64 by a solver
+        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; a solver's are float64
         kinds = set(plan.steps)
         self.times = {
-            kind: torch.stack([time for time, its_kind in zip(times, plan.steps) if its_kind is kind]) for kind in kinds
+            kind: torch.stack([time for time, step in zip(times, plan.steps) if step is kind]) for kind in kinds
         }
         self.modulation_layers = {kind: self._modulation_layers(kind) for kind in kinds}
 
@@ -85,16 +85,16 @@ class HeadSampler:
         }
         steps_done = dict.fromkeys(self.times, 0)  # of each kind
         for kind, count in self.plan.groups:
-            for *of_blocks, of_output in modulations[kind].at(steps_done[kind], count):
+            for *of_blocks, of_last_layer in modulations[kind].at(steps_done[kind], count):
                 if kind is REUSE:
-                    reused = self._cached_sum(of_blocks, cache, len(of_output))
-                for number, output in enumerate(of_output):
+                    reused = self._cached_sum(of_blocks, cache, len(of_last_layer))
+                for number, modulation in enumerate(of_last_layer):
                     if kind is REUSE:
                         h = F.linear(x, self.input_weight) + reused[number]
                     else:
                         h = F.linear(x, self.input_weight, self.input_bias)
-                        h = self._blocks(kind, h, [modulation[number] for modulation in of_blocks], cache)
-                    eps, v = self._predict(kind, h, output, cache)
+                        h = self._blocks(kind, h, [of_block[number] for of_block in of_blocks], cache)
+                    eps, v = self._predict(kind, h, modulation, cache)
                     if cache.direction is not None:
                         eps = torch.addcmul(eps, cache.direction, guidance)
                     x = advance(x, eps, v)

@@ -56,17 +56,18 @@ class HeadPlan:
 class Step:
     """The plan of one autoregressive step.
 
-    index:          from 0.
-    start, stop:    range of the tokens predicted now; the tokens before `start` are known.
-    previous_start: first token predicted at the previous step, or at the last step that computed as many branches.
-    cfg:            CFG scale; 1 at a step without guidance.
-    refresh:        True if the transformer computes all rows in all branches; always True in the baseline.
-    num_branches:   branches that the transformer computes: 2, or the conditional one alone.
-    reuses_tokens:  True if features of tokens before `previous_start` are read from the token cache.
-    num_recomputed: rows that are recomputed after they were chosen in the prune layer.
-    output_stop:    end of the token range whose decoder output this step computes: `stop`, or further where the output
-                    fills the condition cache.
-    chains:         the head's plan, and how many of the tokens predicted now take it; see `Schedule`.
+    index:                from 0.
+    start, stop:          range of the tokens predicted now; the tokens before `start` are known.
+    previous_start:       first token that this step's branches have not yet seen as known: the first one predicted at
+                          the previous step, or at the last step that computed both branches, if this one does.
+    cfg:                  CFG scale; 1 at a step without guidance.
+    refresh:              True if the transformer computes all rows in all branches; always True in the baseline.
+    transformer_branches: branches that the transformer computes: 2, or the conditional one alone.
+    reuses_tokens:        True if features of tokens before `previous_start` are read from the token cache.
+    num_recomputed:       rows that are recomputed from the prune layer's attention on.
+    output_stop:          end of the token range whose decoder output this step computes: `stop`, or further where the
+                          output fills the condition cache.
+    head_plans:           denoising chains, each with the number of tokens that take it; see `Schedule`.
     """
 
     index: int
@@ -75,11 +76,11 @@ class Step:
     previous_start: int
     cfg: float
     refresh: bool
-    num_branches: int
+    transformer_branches: int
     reuses_tokens: bool
     num_recomputed: int
     output_stop: int
-    chains: tuple[tuple[HeadPlan, int], ...]
+    head_plans: tuple[tuple[HeadPlan, int], ...]
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +105,7 @@ class Step:
     @property
     def num_draws(self) -> int:
         """Noise draws per token, of the chain that needs most."""
-        return max(head.num_draws for head, _ in self.chains)
+        return max(head.num_draws for head, _ in self.head_plans)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Plan:
     """The steps of a run, in order.
 
     num_rows:      P + L.
-    num_branches:  2 if any step is guided, else 1.
+    max_branches:  2 if any step is guided, else 1.
     lazy_branches: maximum number of branches that lazy steps compute; the token cache holds as many.
     policy:        the cache policy; in the baseline, one that caches nothing.
     schedule:      the schedule.
@@ -120,7 +121,7 @@ class Plan:
 
     steps: tuple[Step, ...]
     num_rows: int
-    num_branches: int
+    max_branches: int
     lazy_branches: int
     policy: CachePolicy
     schedule: Schedule
@@ -134,23 +135,23 @@ class Plan:
     @property
     def has_condition_cache(self) -> bool:
         """True if some steps reuse the difference between the branches."""
-        return self.policy.condition_cache and self.num_branches == 2
+        return self.policy.condition_cache and self.max_branches == 2
 
     @property
-    def heads(self) -> list[HeadPlan]:
-        """The different plans of the diffusion head."""
-        return list(dict.fromkeys(head for step in self for head, _ in step.chains))
+    def head_plans(self) -> list[HeadPlan]:
+        """The distinct plans of the diffusion head."""
+        return list(dict.fromkeys(head for step in self for head, _ in step.head_plans))
 
     def __str__(self) -> str:
         lines = ["step  kind     known  predicts    cfg  branches  recomputes   denoising steps"]
         for step in self:
             kind = "refresh" if step.refresh else "lazy"
-            chains = [str(len(head.steps)) for head, _ in step.chains]
+            chains = [str(len(head.steps)) for head, _ in step.head_plans]
             if len(chains) > 1:
-                chains = [f"{chain} for {count} tokens" for chain, (_, count) in zip(chains, step.chains)]
+                chains = [f"{chain} for {count} tokens" for chain, (_, count) in zip(chains, step.head_plans)]
             lines.append(
                 f"{step.index:4d}  {kind:7s}  {step.start:5d}  {step.num_tokens:8d}  {step.cfg:5.2f}  "
-                f"{step.num_branches:8d}  {step.num_recomputed:4d} of {self.num_rows}   {', '.join(chains)}"
+                f"{step.transformer_branches:8d}  {step.num_recomputed:4d} of {self.num_rows}   {', '.join(chains)}"
             )
         return "\n".join(lines)
 
@@ -160,24 +161,25 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     policy = policy or NO_CACHE
     num_iter, num_rows = len(schedule.steps), buffer_size + schedule.seq_len
     num_known = [*itertools.accumulate((step.num_tokens for step in schedule.steps), initial=len(schedule.known))]
-    num_branches = 2 if any(step.cfg > 1 for step in schedule.steps) else 1
-    condition_cache = policy.condition_cache and num_branches == 2
-    lazy_branches = 1 if condition_cache and policy.condition_interval is None else num_branches
-    caches_steps = policy.token_cache or condition_cache
-    refreshes = [index for index in range(num_iter) if not caches_steps or policy.is_refresh(index, num_iter)]
+    max_branches = 2 if any(step.cfg > 1 for step in schedule.steps) else 1
+    condition_cache = policy.condition_cache and max_branches == 2
+    lazy_branches = 1 if condition_cache and policy.condition_interval is None else max_branches
+    reuses_features = policy.token_cache or condition_cache
+    refreshes = [index for index in range(num_iter) if not reuses_features or policy.is_refresh(index, num_iter)]
     # Where both branches are computed, and the condition cache is filled:
     both = [index for index in range(num_iter) if not condition_cache or policy.computes_both(index, num_iter)]
 
     steps: list[Step] = []
     for index, scheduled in enumerate(schedule.steps):
         refresh, next_both = index in refreshes, _first_after(index, both, num_iter)
-        # The unconditional branch is needed if this step is guided, or one that reads what this step stores.
-        readers_end = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
-        is_guided = any(step.cfg > 1 for step in schedule.steps[index:readers_end])
-        branches = num_branches if is_guided and index in both else 1
+        # What this step stores is read until the next refresh step; or, if it is the branches' difference at a lazy
+        # step, until the next step that stores it. The unconditional branch is needed if one of these steps is guided.
+        read_until = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
+        is_guided = any(step.cfg > 1 for step in schedule.steps[index:read_until])
+        branches = max_branches if is_guided and index in both else 1
         # If earlier steps skipped the unconditional branch, all tokens predicted since it last ran are new to it.
-        before = max((step.index for step in steps if step.num_branches >= branches), default=0)
-        start, stop, previous_start = num_known[index], num_known[index + 1], num_known[before]
+        last_alike = max((step.index for step in steps if step.transformer_branches >= branches), default=0)
+        start, stop, previous_start = num_known[index], num_known[index + 1], num_known[last_alike]
         output_stop = num_known[next_both] if condition_cache and branches == 2 else stop
         reuses_tokens, num_recomputed = policy.token_cache and not refresh, num_rows
         if reuses_tokens:
@@ -189,21 +191,21 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
             previous_start=previous_start,
             cfg=scheduled.cfg,
             refresh=refresh,
-            num_branches=branches,
+            transformer_branches=branches,
             reuses_tokens=reuses_tokens,
             num_recomputed=num_recomputed,
             output_stop=output_stop,
-            chains=plan_chains(scheduled, policy),
+            head_plans=plan_head(scheduled, policy),
         )
         steps.append(step)
-    return Plan(tuple(steps), num_rows, num_branches, lazy_branches, policy, schedule)
+    return Plan(tuple(steps), num_rows, max_branches, lazy_branches, policy, schedule)
 
 
 def _first_after(index: int, steps: list[int], num_iter: int) -> int:
     return next((step for step in steps if step > index), num_iter)
 
 
-def plan_chains(scheduled: ScheduledStep, policy: CachePolicy) -> tuple[tuple[HeadPlan, int], ...]:
+def plan_head(scheduled: ScheduledStep, policy: CachePolicy) -> tuple[tuple[HeadPlan, int], ...]:
     """Return the head's plan for each denoising chain of a step. Without the head cache all steps are full.
 
     A solver has no head cache: its evaluations are so far apart that nothing is left to reuse.

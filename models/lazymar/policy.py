@@ -1,4 +1,4 @@
-"""What a run computes, keeps and reuses: LazyMAR's settings, with the paper's values as defaults.
+"""What steps compute, store and reuse: LazyMAR's settings, with the paper's values as defaults.
 
 A `CachePolicy` says nothing about which tokens a step predicts, or how.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from models.lazymar.selection import RULES
 
-REFERENCE_STEPS = 64  # number of autoregressive steps that the kept fractions are listed for
+REFERENCE_STEPS = 64  # number of autoregressive steps that the fractions of rows are listed for
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class CachePolicy:
     Args:
         start_step:            every autoregressive step before this one is a refresh step, which computes all rows in
                                both branches; a value below 1 is a fraction of all steps.
-        refresh_interval:      from the start step on, one step in this many is a refresh step.
+        refresh_interval:      from the start step on, one step in this many is a refresh step, beginning with that one.
         refresh_steps:         the refresh steps themselves, in place of the two above; the first step always is one.
         prune_layer:           decoder block that chooses rows: from its attention on, only these are recomputed.
-        kept_fractions:        (step, fraction) pairs: the fraction of rows that is recomputed, from each listed step of
-                               64 on.
+        recomputed_fractions:  (step, fraction) pairs: the fraction of rows that is recomputed from this step on; steps
+                               are counted as in a run of 64.
         min_margin:            minimum number of rows to recompute besides the tokens predicted at this step and the
                                step before.
         selection:             how these rows are chosen, a key of `selection.RULES`.
-        head_refresh_interval: the whole head runs at denoising steps whose index is a multiple of this; a value below 1
-                               is a fraction of the chain's steps.
+        head_refresh_interval: the whole head runs at the first denoising step and at those whose index, which counts
+                               down, is a multiple of this; a value below 1 is a fraction of the chain's steps.
         head_skipped_blocks:   head blocks whose cached residual is reused between full denoising steps.
-        head_warmup:           the other head blocks are computed while the denoising step's index, which counts down,
-                               is above this fraction of the chain: by default at the first tenth.
+        head_warmup:           the other head blocks are computed while the denoising step's index is above this
+                               fraction of the chain: by default at the first tenth.
         condition_interval:    every so many steps after a refresh step, a lazy step computes both branches and stores
                                their difference anew; None: only refresh steps do.
         token_cache, condition_cache, head_cache: switch each cache on or off.
@@ -43,7 +43,7 @@ class CachePolicy:
     refresh_interval: int = 9
     refresh_steps: tuple[int, ...] | None = None
     prune_layer: int = 3
-    kept_fractions: tuple[tuple[int, float], ...] = (
+    recomputed_fractions: tuple[tuple[int, float], ...] = (
         (0, 1.0), (20, 0.6), (21, 0.5), (25, 0.4), (30, 0.15), (35, 0.12), (40, 0.05)
     )  # fmt: skip
     min_margin: int = 15
@@ -76,10 +76,14 @@ class CachePolicy:
         check(all(block >= 0 for block in self.head_skipped_blocks), "head_skipped_blocks", "block numbers from 0")
         check(0 <= self.head_warmup <= 1, "head_warmup", "from 0 to 1")
         check(self.condition_interval is None or self.condition_interval >= 1, "condition_interval", "at least 1")
-        starts = [start for start, _ in self.kept_fractions]
+        starts = [start for start, _ in self.recomputed_fractions]
         in_order = starts[:1] == [0] and all(before < after for before, after in itertools.pairwise(starts))
-        in_range = all(0 <= fraction <= 1 for _, fraction in self.kept_fractions)
-        check(in_order and in_range, "kept_fractions", "pairs step:fraction with rising steps from 0, fractions 0 to 1")
+        in_range = all(0 <= fraction <= 1 for _, fraction in self.recomputed_fractions)
+        check(
+            in_order and in_range,
+            "recomputed_fractions",
+            "pairs step:fraction with rising steps from 0, fractions 0 to 1",
+        )
 
     def is_refresh(self, step: int, num_iter: int) -> bool:
         """Return whether a step of a run of `num_iter` steps is a refresh step."""
@@ -96,12 +100,12 @@ class CachePolicy:
         return (step - last_refresh) % self.condition_interval == 0
 
     def rows_recomputed(self, step: int, num_iter: int, num_rows: int, num_always: int) -> int:
-        """Return how many of `num_rows` rows a lazy step recomputes, of which `num_always` are not up to the rule.
+        """Return how many of `num_rows` rows a lazy step recomputes, of which `num_always` are always recomputed.
 
         The fraction is looked up at the same progress through 64 steps.
         """
         progress = step * REFERENCE_STEPS // num_iter
-        fraction = [fraction for start, fraction in self.kept_fractions if start <= progress][-1]
+        fraction = [fraction for start, fraction in self.recomputed_fractions if start <= progress][-1]
         return min(num_rows, max(num_always + self.min_margin, int(num_rows * fraction)))
 
 

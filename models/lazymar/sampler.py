@@ -1,4 +1,4 @@
-"""The loop over a run's autoregressive steps, for the baseline and every cache policy alike."""
+"""The loop over the autoregressive steps, for the baseline and every cache policy alike."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -53,12 +53,10 @@ class Sampler:
         self.model, self.plan, self.device = model, plan, model.mask_token.device
         self.dtype = torch.promote_types(model.mask_token.dtype, torch.float32)
         self.num_draws = max(step.num_draws for step in plan)
+        net, temperature = model.diffloss.net, plan.schedule.temperature
         with torch.inference_mode():
             self.guidance = torch.tensor([step.cfg - 1 for step in plan], dtype=self.dtype, device=self.device)
-            self.heads = {
-                head: HeadSampler(model.diffloss.net, head, plan.schedule.temperature, self.dtype)
-                for head in plan.heads
-            }
+            self.heads = {head: HeadSampler(net, head, temperature, self.dtype) for head in plan.head_plans}
         captures = cuda_graphs and self.device.type == "cuda"
         self.make_capture: Callable[[], Capture] | None = partial(CudaCapture, self.device) if captures else None
         self.state: _State | None = None  # of the batch size seen last
@@ -70,7 +68,7 @@ class Sampler:
         on_step: Callable[[SampledStep], object] | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Return latents [B, C, h, w] for classes [B], at unit scale: the VAE's latents times the preset's scale.
+        """Return latents [B, C, h, w] for classes [B], at unit variance: the VAE's latents times the preset's scale.
 
         They are float64 for a float64 model, otherwise float32.
 
@@ -214,7 +212,7 @@ class _State:
 
         If there are several chains, the first takes the tokens that `Schedule.rank` scores highest, and so on.
         """
-        heads, sizes = zip(*step.chains)
+        heads, sizes = zip(*step.head_plans)
         if len(heads) == 1:
             return self._denoise(heads[0], conditions, draws, guidance)
         assert self.rank is not None

@@ -19,8 +19,8 @@ CFG_SCHEDULES = ("linear", "constant")
 class Chain(NamedTuple):
     """A denoising chain: its timesteps, and the number of tokens per image that it denoises.
 
-    The timesteps are descending, and of the 1000 of training. With a `solver` they are those of its evaluations;
-    without, every denoising step is ancestral.
+    The timesteps are descending, from 999 to 0. With a `solver`, it evaluates the head at them; without, each is an
+    ancestral denoising step, which removes some noise and adds fresh noise.
     """
 
     timesteps: tuple[float, ...]
@@ -54,7 +54,7 @@ class Schedule:
                      in random order where it is equal. None: in random order.
         rank:        scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes
                      the tokens with the highest scores.
-        known:       positions of the tokens that are known from the start, ascending; the steps predict the others.
+        known:       positions of the tokens that are known from the start, by inpainting; ascending.
         temperature: scales the noise of the denoising steps; with a solver, the initial noise.
 
     Raises ValueError for a step without tokens, and for a CFG scale or a temperature out of range.
@@ -91,7 +91,7 @@ def mar_schedule(
     known: Sequence[int] = (),
     temperature: float = 1.0,
 ) -> Schedule:
-    """Return MAR's schedule over `seq_len` tokens, or over those of them that are missing.
+    """Return MAR's schedule over the tokens, of which there are `seq_len`, that are not known from the start.
 
     Args:
         num_iter:           autoregressive steps.

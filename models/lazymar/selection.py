@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 class Similarity:
-    """The paper's rule: cosine similarity of a row's values at this step and the step before, averaged over heads.
+    """The paper's rule: cosine similarity of a row's values at this step and the step before, averaged over attention
+    heads. The values are those of the prune layer's attention.
 
     Args:
-        num_steps:     autoregressive steps of the run.
-        num_sequences: images, times the branches that are computed between refresh steps.
+        num_steps:     autoregressive steps.
+        num_sequences: images times the branches that lazy steps compute.
         num_rows:      buffer rows and tokens.
         num_heads:     of the prune layer.
         like:          a tensor [..., D] with the values' width, device and dtype.
@@ -27,18 +28,18 @@ class Similarity:
         self.previous = like.new_empty(num_sequences, num_rows, like.shape[-1])
 
     def begin(self, positions: Tensor) -> None:
-        """Start a batch. The first step of a run is a refresh step, which fills `previous`."""
+        """Start a batch. Nothing is to do: its first step is a refresh step, which fills `previous`."""
 
     @staticmethod
     def features(x: Tensor, keys_values: Tensor) -> Tensor:
-        """Return the features [B, R, D] that the rule compares.
+        """Return the features [N, R, D] of N sequences that the rule compares.
 
-        `x` [B, R, D] is the input of the prune layer, `keys_values` [B, R, 2D] are its keys and values.
+        `x` [N, R, D] is the input of the prune layer, `keys_values` [N, R, 2D] are its keys and values.
         """
         return keys_values.chunk(2, dim=-1)[1]
 
     def scores(self, step: int, features: Tensor) -> Tensor:
-        """Return a score [B, R] for each row."""
+        """Return a new tensor [N, R] with a score for each row."""
         dtype = torch.promote_types(features.dtype, torch.float32)  # similarities near 1 would tie in half precision
         now, before = (
             rows.to(dtype).unflatten(-1, (self.num_heads, -1)) for rows in (features, self.previous[: len(features)])
@@ -85,7 +86,7 @@ class RandomScores(Similarity):
         self.rankings.copy_(torch.from_numpy(np.stack(rankings * branches, axis=1)))
 
     def scores(self, step: int, features: Tensor) -> Tensor:
-        """Return a copy of the step's ranking [B, R]."""
+        """Return the step's ranking [N, R]."""
         return self.rankings[step, : len(features)].clone()
 
     def remember(self, features: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The transformer's part of a step: conditions for the tokens predicted now, from the tokens known so far.
 
-The loops over blocks are MAR's own (`models/mar.py`). LazyMAR adds which rows they compute, as the plan says, and where
-the keys and values of the other rows come from.
+The loops over blocks compute what `MAR.forward` computes (`models/mar.py`), on fewer rows: the plan says on how many,
+and the keys and values of the other rows come from the token cache.
 """
 
 import torch
@@ -20,7 +20,7 @@ class Transformer:
 
     def __init__(self, model: MAR, plan: Plan, num_images: int) -> None:
         self.model, self.plan, self.num_images = model, plan, num_images
-        num_sequences, width = plan.num_branches * num_images, model.mask_token.shape[-1]
+        num_sequences, width = plan.max_branches * num_images, model.mask_token.shape[-1]
         self.positions = torch.zeros(num_sequences, model.seq_len, dtype=torch.long, device=model.mask_token.device)
         self.class_embedding = model.fake_latent.repeat(num_sequences, 1)
         # The first decoder block's input, and its queries, keys and values, of all rows:
@@ -32,11 +32,11 @@ class Transformer:
     def begin(self, class_labels: Tensor, positions: Tensor) -> None:
         """Start a batch of classes [B], whose tokens are at `positions` [B, L], in order of prediction.
 
-        An exact optimization: a row of the first decoder block depends on its own token alone, and on nothing but its
-        position while that token is masked. So these rows are computed once for all masked tokens, and later only where
-        a token becomes known.
+        An exact optimization: while a token is masked, its row in the first decoder block depends on its position
+        alone. So queries, keys and values of masked tokens are computed here; later, each step computes those of the
+        rows that it has just encoded.
         """
-        self.positions.copy_(positions.repeat(self.plan.num_branches, 1))
+        self.positions.copy_(positions.repeat(self.plan.max_branches, 1))
         self.class_embedding[: self.num_images] = self.model.class_emb(class_labels)
         if self.token_cache is not None:
             self.token_cache.rule.begin(positions)
@@ -50,24 +50,24 @@ class Transformer:
 
         They are [B, k, D], or [2B, k, D] at a step with guidance, the conditional branch first.
         """
-        positions = self.positions[: step.num_branches * self.num_images]
+        positions = self.positions[: step.transformer_branches * self.num_images]
         decoded = self.decode(step, self.encode(step, tokens, positions), positions)
-        if self.condition_cache is not None and step.num_branches == 2:
+        if self.condition_cache is not None and step.transformer_branches == 2:
             self.condition_cache.store(step, decoded)
             decoded = decoded[:, : step.num_tokens]
         elif self.condition_cache is not None and step.cfg > 1:
             decoded = self.condition_cache.add_unconditional(step, decoded)
-        decoded = decoded[: step.head_branches * self.num_images]
+        decoded = decoded[: step.head_branches * self.num_images]  # unguided, it may compute both for later steps
         return self.model.conditions(decoded, self.positions[: len(decoded), step.predicted])
 
     def encode(self, step: Step, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the encoder's output [B, P + n, D] for the buffer and the step's n new tokens."""
-        new_tokens = tokens[:, step.encoded].repeat(step.num_branches, 1, 1)
-        x = self.model.encoder_input(self.class_embedding[: len(positions)], new_tokens, positions[:, step.encoded])
+        """Return the encoder's output [N, P + n, D] for the buffer and the n tokens `step.encoded`."""
+        encoded = tokens[:, step.encoded].repeat(step.transformer_branches, 1, 1)
+        x = self.model.encoder_input(self.class_embedding[: len(positions)], encoded, positions[:, step.encoded])
         for number, block in enumerate(self.model.encoder_blocks):
             queries, keys_values = block.attn.project(block.norm1(x))
             if self.token_cache is not None:
-                known = self.token_cache.encoder[number].write_known(step, keys_values)
+                known = self.token_cache.encoder[number].write_known(step, keys_values)  # may hold fewer sequences
                 keys_values = known if step.reuses_tokens else keys_values
             x = block.finish(x, queries, keys_values)
         return self.model.encoder_norm(x)
@@ -106,5 +106,5 @@ class Transformer:
 
 
 def take_rows(x: Tensor, chosen: Tensor) -> Tensor:
-    """Return rows [B, n, D] of `x` [B, R, D] at flat indices `chosen` [B * n]."""
+    """Return rows [N, n, D] of `x` [N, R, D] at flat indices `chosen` [N * n]."""
     return x.flatten(0, 1).index_select(0, chosen).unflatten(0, (len(x), -1))
