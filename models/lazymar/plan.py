@@ -1,4 +1,4 @@
-"""The plan of a run: how much every step computes. A schedule and a cache policy decide it before the first step.
+"""The plan says how much every step computes. A schedule and a cache policy decide it before the first step.
 
 That is possible because the order of prediction is drawn up front and the number of tokens per step is known. The
 plan says how many rows a step recomputes; which ones depends on the image. `print(plan)` shows a plan.
@@ -110,7 +110,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, in order.
+    """The steps, in order.
 
     num_rows:      P + L.
     max_branches:  2 if any step is guided, else 1.

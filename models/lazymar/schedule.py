@@ -46,7 +46,7 @@ class ScheduledStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The autoregressive steps of a run, in order.
+    """The autoregressive steps, in order.
 
     Args:
         steps:       one or more.
@@ -117,27 +117,29 @@ def mar_schedule(
     return Schedule(tuple(map(ScheduledStep, scales, chains)), known=tuple(known), temperature=temperature)
 
 
-def given_counts(seq_len: int, tokens_per_step: Sequence[int]) -> list[int]:
-    """Return the number of tokens of each step as given. Raises ValueError unless they are all `seq_len` tokens."""
-    if sum(tokens_per_step) != seq_len:
-        raise ValueError(f"tokens_per_step must add up to the number of tokens, {seq_len}, not {sum(tokens_per_step)}")
+def given_counts(num_tokens: int, tokens_per_step: Sequence[int]) -> list[int]:
+    """Return the number of tokens of each step as given. Raises ValueError unless they are all `num_tokens` tokens."""
+    if sum(tokens_per_step) != num_tokens:
+        raise ValueError(
+            f"tokens_per_step must add up to the number of tokens, {num_tokens}, not {sum(tokens_per_step)}"
+        )
     return list(tokens_per_step)
 
 
-def cosine_counts(seq_len: int, num_iter: int) -> list[int]:
+def cosine_counts(num_tokens: int, num_iter: int) -> list[int]:
     """Return the number of tokens that each step predicts: MAR's cosine, with at least one token per step."""
-    wanted = (math.floor(seq_len * math.cos(math.pi / 2 * step / num_iter)) for step in range(1, num_iter))
-    return counts_by_masked(seq_len, num_iter, wanted)
+    wanted = (math.floor(num_tokens * math.cos(math.pi / 2 * step / num_iter)) for step in range(1, num_iter))
+    return counts_from_masked(num_tokens, num_iter, wanted)
 
 
-def counts_by_masked(seq_len: int, num_iter: int, wanted: Iterable[int]) -> list[int]:
+def counts_from_masked(num_tokens: int, num_iter: int, wanted: Iterable[int]) -> list[int]:
     """Return the number of tokens that each step predicts, at least one.
 
     `wanted` says how many tokens should be masked after each step but the last. Raises ValueError, naming num_iter.
     """
-    if not 1 <= num_iter <= seq_len:
-        raise ValueError(f"num_iter must be 1 to the number of tokens, {seq_len}, not {num_iter}")
-    masked = [seq_len]
+    if not 1 <= num_iter <= num_tokens:
+        raise ValueError(f"num_iter must be 1 to the number of tokens, {num_tokens}, not {num_iter}")
+    masked = [num_tokens]
     for count in wanted:
         masked.append(max(1, min(count, masked[-1] - 1)))
     return [before - after for before, after in zip(masked, [*masked[1:], 0])]
@@ -150,10 +152,10 @@ def cfg_scales(counts: Sequence[int], cfg: float, cfg_schedule: str) -> list[flo
         raise ValueError(f"cfg_schedule must be {' or '.join(CFG_SCHEDULES)}, not {cfg_schedule!r}")
     if cfg_schedule == "constant":
         return [cfg] * len(counts)
-    seq_len = sum(counts)
+    num_tokens = sum(counts)
     predicted = [sum(counts[: step + 1]) for step in range(len(counts))]
     # As in MAR's code, one token counts as masked at the last step.
-    return [1 + (cfg - 1) * min(count, seq_len - 1) / seq_len for count in predicted]
+    return [1 + (cfg - 1) * min(count, num_tokens - 1) / num_tokens for count in predicted]
 
 
 def check_cfg(cfg: float) -> None:
