@@ -2,7 +2,6 @@
 
     python benchmark.py --models mar_base --batch_sizes 1 8 --dtypes float32 bfloat16
     python benchmark.py --models mar_huge --batch_sizes 1 128 --dtypes bfloat16 --device cuda
-    python benchmark.py --models mar_huge --method mar lazymar lazymar+disa
 
 Speed does not depend on the weights, so they are random. The methods take turns, and each figure is the median of
 `--repeats` runs; the machine's own rate of matmuls is measured in the same run.

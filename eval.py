@@ -2,7 +2,6 @@
 
     torchrun --nproc_per_node=2 eval.py --num_images 50000 --eval_bsz 128 --num_iter 64 --lazy_mar
     python eval.py --model mar_tiny --num_images 2000 --eval_bsz 100
-    python eval.py --num_iter 64 --method lazymar+disa
 
 The same command continues a run that was cut off, on any number of processes; `--help` lists the flags.
 """

@@ -413,9 +413,8 @@ LAZYFRESH = Method(
 # Guidance in a limited interval, known from diffusion models (arXiv 2404.07724); here of the autoregressive steps.
 LATE_GUIDANCE = Method(unguided_below=1.1)
 
-# Our own composition for people who just want images: GtR's order in 16 steps, the few-step solver, LazyMAR's caches
-# with half as many refresh steps, and no guidance where it matters little. The temperature is the best one for
-# mar_tiny; docs/methods.md has the measurements.
+# Our own composition for people who just want images: GtR's order in 16 steps, the few-step solver, LazyMAR's first two
+# caches, and no guidance where it matters little. docs/methods.md has the measurements, all of them on mar_tiny.
 FAST = Method(
     num_stages=3,
     num_iter=(13, 2, 1),
@@ -500,8 +499,8 @@ def sample_tokens(
 
     Args:
         method:   a `Method` or its name.
-        known:    for inpainting: latents [B, C, h, w] at unit scale, and a BoolTensor of L tokens in row-major order,
-                  True where their tokens are kept as they are. The other tokens are sampled, given these.
+        known:    for inpainting: latents [B, C, h, w] at unit variance, and a BoolTensor of L tokens in row-major
+                  order, True where tokens are kept as they are. The other tokens are sampled, given these.
         settings: fields of `Method` that replace the method's, such as `num_iter=32` or `temperature=0.9`.
 
     The other arguments, the result and the errors are those of `Sampler` and `mar_schedule`.

@@ -18,13 +18,13 @@ class Preset:
     Args:
         architecture:    constructor fields of `MAR`, those that differ from its defaults at least.
         cfg:             CFG scale that it is evaluated with.
-        cfg_schedule:    its CFG schedule, a key of `models.lazymar.schedule.CFG_SCHEDULES`.
+        cfg_schedule:    its CFG schedule, one of `models.lazymar.schedule.CFG_SCHEDULES`.
         checkpoint:      file of its weights.
         ema_expected:    the published scores are of EMA weights, and files of other weights circulate.
         make_vae:        makes the VAE's network, with `encode` and `decode`; raises ValueError, naming model, if it
                          needs a package that is not installed.
         vae_path:        file of the VAE's weights.
-        latent_scale:    the model's latents are the VAE's times this, which gives them unit variance.
+        latent_scale:    the model's latents are the VAE's times this, which gives them about unit variance.
         statistics_path: file of the real images' statistics, for FID.
         features:        the extractor that FID and IS are computed with, "inception" or "fashion".
     """

@@ -29,7 +29,7 @@ from models import (
     create_model,
     find_method,
 )
-from models.lazymar.plan import DenoisingStep
+from models.lazymar.plan import DenoisingKind
 from models.presets import ROOT
 from util.download import FILES, main
 from util.errors import InputError
@@ -137,9 +137,9 @@ def test_tokens_per_step_and_an_interval_compose() -> None:
 
 def test_the_head_cache_has_no_use_with_a_solver() -> None:
     plan = find_method("lazymar").replaced(num_sampling_steps=SolverSteps(8)).plan(MODEL, cfg=3.0)
-    assert sum(len(head.steps) for step in plan for head, _ in step.head_plans) == 64 * 8
-    assert {(kind, head.skipped_blocks) for head in plan.head_plans for kind in head.steps} == {
-        (DenoisingStep.FULL, ())
+    assert sum(len(head.kinds) for step in plan for head, _ in step.head_plans) == 64 * 8
+    assert {(kind, head.skipped_blocks) for head in plan.distinct_head_plans for kind in head.kinds} == {
+        (DenoisingKind.FULL, ())
     }
 
 

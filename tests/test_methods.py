@@ -9,7 +9,7 @@ import torch
 from tools import MODEL, make_sampler
 
 from models import METHODS, AnnealedSteps, CachePolicy, DetailedTokens, Method, create_model, find_method
-from models.lazymar.plan import DenoisingStep, Plan
+from models.lazymar.plan import DenoisingKind, Plan
 
 
 def plan_of(name: str, **settings) -> Plan:
@@ -20,7 +20,7 @@ def plan_of(name: str, **settings) -> Plan:
 
 def lengths(plan: Plan) -> list[int]:
     """The denoising steps of the last chain of each step, which takes all tokens but the detailed ones."""
-    return [len(step.head_plans[-1][0].steps) for step in plan]
+    return [len(step.head_plans[-1][0].kinds) for step in plan]
 
 
 def lazy_steps(name: str, **settings) -> list[int]:
@@ -35,9 +35,9 @@ def test_disa_takes_the_denoising_steps_of_its_paper() -> None:
     taken = lengths(plan)  # without the duplicates at timestep 950
     assert (taken[0], taken[-1], sum(taken)) == (48, 5, 1681)
     assert sum(steps * step.num_tokens for steps, step in zip(taken, plan)) == 5246
-    assert all((head.timesteps[0], head.timesteps[-1]) == (950, 0) for head in plan.head_plans)
-    assert plan.head_plans[-1].timesteps == (950, 749, 500, 250, 0)
-    assert plan_of("mar", num_sampling_steps=5).head_plans[0].timesteps == (999, 749, 500, 250, 0)
+    assert all((head.timesteps[0], head.timesteps[-1]) == (950, 0) for head in plan.distinct_head_plans)
+    assert plan.distinct_head_plans[-1].timesteps == (950, 749, 500, 250, 0)
+    assert plan_of("mar", num_sampling_steps=5).distinct_head_plans[0].timesteps == (999, 749, 500, 250, 0)
 
 
 def test_gtr_takes_the_steps_of_its_paper() -> None:
@@ -50,7 +50,7 @@ def test_gtr_takes_the_steps_of_its_paper() -> None:
     asked = [METHODS["gtr"].num_sampling_steps.at(step, 32, 30) for step in range(32)]
     assert (asked[0], asked[29:], asked == sorted(asked, reverse=True)) == (50, [20, 20, 20], True)
     detailed = [
-        [(len(head.steps), count) for head, count in step.head_plans] for step in plan if len(step.head_plans) > 1
+        [(len(head.kinds), count) for head, count in step.head_plans] for step in plan if len(step.head_plans) > 1
     ]
     assert detailed == [[(48, 6), (20, 58)]] * 2 and len(plan.steps[-2].head_plans) == 2
 
@@ -63,11 +63,11 @@ def test_a_stage_begins_with_a_refresh_step() -> None:
 
 
 def test_the_heads_refresh_interval_shortens_with_annealed_chains() -> None:
-    for head in plan_of("lazymar+disa").head_plans:
-        length = len(head.steps)
-        full = [index for index in range(length) if head.steps[length - 1 - index] is DenoisingStep.FULL]
+    for head in plan_of("lazymar+disa").distinct_head_plans:
+        length = len(head.kinds)
+        full = [index for index in range(length) if head.kinds[length - 1 - index] is DenoisingKind.FULL]
         assert full == sorted({*range(0, length, math.ceil(0.07 * length)), length - 1})
-    assert {head.steps.count(DenoisingStep.FULL) for head in plan_of("lazymar").head_plans} == {16}
+    assert {head.kinds.count(DenoisingKind.FULL) for head in plan_of("lazymar").distinct_head_plans} == {16}
 
 
 def test_recap_alternates_in_the_second_half() -> None:
@@ -154,6 +154,6 @@ def test_settings_out_of_range_are_named(setting: str, make: Callable | None, gi
 
 def test_settings_replace_those_of_a_method() -> None:
     plan = make_sampler(MODEL, "lazymar+disa", num_iter=8, cache=None).plan
-    assert len(plan) == 8 and not plan.policy.token_cache and plan.head_plans[0].timesteps[0] == 950
+    assert len(plan) == 8 and not plan.policy.token_cache and plan.distinct_head_plans[0].timesteps[0] == 950
     with pytest.raises(TypeError, match="num_steps"):
         make_sampler(MODEL, num_steps=3)

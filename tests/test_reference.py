@@ -85,7 +85,7 @@ def test_the_sinusoids_have_the_same_bits_on_every_processor() -> None:
 def test_every_step_and_the_latents_equal_the_authors(case: str) -> None:
     *of_steps, (_, of_latents) = errors(case)
     assert all(of_conditions.mean() < 1e-9 for _, of_conditions in of_steps) and of_latents.mean() < 1e-9
-    denoising_steps = [len(step.head_plans[0][0].steps) for step, _ in of_steps]
+    denoising_steps = [len(step.head_plans[0][0].kinds) for step, _ in of_steps]
     assert denoising_steps == load_case(case).get("denoising_steps", np.full(64, 100)).tolist()
 
 

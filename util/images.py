@@ -37,7 +37,7 @@ def map_images(network: Callable[[Tensor], T], images: Tensor) -> list[T]:
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decode the VAE's latents [B, C, h, w] to images [B, 3, H, W] float32, in about [-1, 1].
 
-    A sampler's latents are at unit scale: divide them by the preset's `latent_scale` first.
+    A sampler's latents are at unit variance: divide them by the preset's `latent_scale` first.
     """
     return _apply(vae, vae.decode, latents)
 
@@ -45,7 +45,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Encode images [B, 3, H, W] of about [-1, 1] as the VAE's latents [B, C, h, w] float32, the posterior's mean.
 
-    A model's latents are at unit scale: these times the preset's `latent_scale`.
+    A model's latents are at unit variance: these times the preset's `latent_scale`.
     """
     return _apply(vae, vae.encode, images)
 

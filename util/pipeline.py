@@ -30,7 +30,7 @@ class PipelineOutput(NamedTuple):
     """What a call of the pipeline returns. Its `images` are of the `output_type`:
 
     "pil" a list of PIL images, "np" an array [B, H, W, 3] and "pt" a tensor [B, 3, H, W], both of floats from 0 to 1;
-    "latent" latents [B, C, h, w] at unit scale.
+    "latent" latents [B, C, h, w] at unit variance.
     """
 
     images: Any
@@ -87,11 +87,11 @@ class MARPipeline:
             raise ValueError(str(error)) from error
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] float32, of about [-1, 1], of latents [B, C, h, w] at unit scale."""
+        """Return images [B, 3, H, W] float32, of about [-1, 1], of latents [B, C, h, w] at unit variance."""
         return decode(self.vae, latents / self.preset.latent_scale)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return latents [B, C, h, w] at unit scale, the posterior's mean, of images [B, 3, H, W] in [-1, 1]."""
+        """Return latents [B, C, h, w] at unit variance, the posterior's mean, of images [B, 3, H, W] in [-1, 1]."""
         return encode(self.vae, images.to(self.model.mask_token.device)) * self.preset.latent_scale
 
     def __call__(

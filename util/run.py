@@ -27,7 +27,6 @@ from util.options import Options, describe_method
 from util.processes import GO_ON, Job
 from util.weights import find_weights
 
-IMAGES_PER_FEATURE = 5  # with fewer, the estimated covariance makes FID far too high
 GRID_IMAGES = 80  # in grid.png: 8 of each class where there are 10
 WRITERS = 4  # batches that are written in the background
 VISIBLE_SECONDS = 90  # until a network drive shows on one machine what another has written
@@ -165,7 +164,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
         job.print0(f"{folder.path}: {there:,} of {options.num_images:,} images are there")
         if options.class_labels is None and options.num_images % options.class_num:
             job.print0(f"note: {options.num_images:,} images are not a multiple of {options.class_num} classes")
-        if options.score and options.num_images < IMAGES_PER_FEATURE * FEATURES_DIMS[options.preset.features]:
+        if options.score and options.num_images < 5 * FEATURES_DIMS[options.preset.features]:  # a poor covariance
             job.print0(
                 f"note: the FID of so few images, {options.num_images:,}, is far too high: compare it among such runs"
             )

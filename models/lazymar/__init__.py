@@ -7,15 +7,15 @@ in 100 denoising steps. LazyMAR needs no training. The transformer computes all 
 the **refresh steps**; the **lazy steps** between them reuse features:
 
 - **Token cache** (`caches.TokenCache`): features of most tokens hardly change from step to step. A lazy step runs the
-  encoder on the buffer rows, which carry the class, and the newest tokens alone. In the decoder it compares each row's
-  values (the V of its attention) in one block, the **prune layer**, with those of the step before. From that attention
-  on, only the newest tokens, the tokens predicted now and the least similar rows are recomputed, and they attend to the
-  cached keys and values of all others.
+  encoder on the buffer rows, which carry the class, and the newest tokens, those predicted at the step before. In the
+  decoder it compares each row's values (the V of its attention) in one block, the **prune layer**, with those of the
+  step before. From that attention on, only the newest tokens, the tokens predicted now and the least similar rows are
+  recomputed. In the later blocks they attend to the cached keys and values of all others.
 - **Condition cache** (`caches.ConditionCache`): the difference between the two branches of guidance changes slowly. A
   lazy step computes the conditional branch and adds the difference stored at the last refresh step (a policy may also
   store it at some lazy steps, which then compute both branches).
 - **Head cache** (`head.HeadCache`): the head's blocks add nearly the same in successive denoising steps. At every
-  autoregressive step, most denoising steps reuse the outputs of the blocks' MLPs and the guidance direction.
+  autoregressive step, most denoising steps reuse what the blocks added before, and the guidance direction.
 
 Read the files in this order:
 

@@ -24,7 +24,7 @@ class KeyValueCache:
         self.rows = like.new_empty(num_sequences, num_rows, 2 * like.shape[-1])
 
     def write_known(self, step: Step, new: Tensor) -> Tensor:
-        """Write rows [N, P + n, 2D] of the buffer and the encoded tokens; return those of all known tokens too."""
+        """Write rows [N, P + n, 2D] of the buffer and the encoded tokens; return the buffer's and all known tokens'."""
         write_slices(self.rows, self.buffer_size, step.encoded, new)
         return self.rows[: len(new), : self.buffer_size + step.start]
 
@@ -44,14 +44,14 @@ class TokenCache:
     """The paper's token cache: features of most tokens hardly change from one step to the next.
 
     A refresh step computes all rows and leaves their keys and values here: in every encoder block those of the buffer
-    and the known tokens, in the decoder blocks after the prune layer those of all rows. A lazy step computes only the
-    following rows, and overwrites their keys and values:
+    and the known tokens, in the decoder blocks after the prune layer those of all rows. A lazy step computes only some
+    rows, which overwrite their cached keys and values and attend to those of all:
 
     - in the encoder the buffer and the tokens predicted at the step before;
-    - in the decoder all rows up to the keys and values of the prune layer, and from its attention on the rows that
-      `choose_rows` returns.
+    - in the decoder all rows up to the keys and values of the prune layer, where nothing is cached, and from its
+      attention on the rows that `choose_rows` returns.
 
-    They attend to the cached keys and values of all rows: in the encoder those of the buffer and the known tokens.
+    The decoder's input of older tokens stays as it was, too: it is in `Transformer.first_input`.
     """
 
     def __init__(self, model: MAR, plan: Plan, num_images: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from models.diffloss import NUM_FREQUENCIES
-from models.lazymar.plan import DenoisingStep, HeadPlan, Plan, Step
+from models.lazymar.plan import DenoisingKind, HeadPlan, Plan, Step
 from models.mar import MAR, Block
 
 
@@ -34,11 +34,10 @@ def flops_per_step(model: MAR, plan: Plan) -> list[Flops]:
     What is computed once per batch or per sampler is in the first step: the first decoder block's projections of masked
     tokens, and the embeddings of the timesteps.
     """
-    steps = [
-        Flops(encoder_flops(model, step), decoder_flops(model, plan, step), head_flops(model, step)) for step in plan
-    ]
+    parts = ((encoder_flops(model, step), decoder_flops(model, plan, step), head_flops(model, step)) for step in plan)
+    steps = [Flops(*each) for each in parts]
     width, head_width = model.mask_token.shape[-1], model.diffloss.net.input_proj.out_features
-    timesteps = sum(len(head_plan.steps) for head_plan in plan.head_plans)
+    timesteps = sum(len(head_plan.kinds) for head_plan in plan.distinct_head_plans)
     once_in_decoder = 2 * model.seq_len * width * 3 * width
     once_in_head = 2 * timesteps * head_width * (2 * NUM_FREQUENCIES + head_width)
     first = steps[0]
@@ -91,9 +90,9 @@ def chain_flops(model: MAR, plan: HeadPlan) -> int:
     first_layer = 2 * model.token_dim * width  # both branches share it
     last_layer = 2 * width * (2 * width + 2 * model.token_dim)  # modulation and linear map of the last layer
     per_step = {
-        DenoisingStep.FULL: plan.num_branches * (depth * block + last_layer) + first_layer,
-        DenoisingStep.WARMUP: computed * block + last_layer + first_layer,
-        DenoisingStep.REUSE: computed * gate + last_layer + first_layer,
+        DenoisingKind.FULL: plan.num_branches * (depth * block + last_layer) + first_layer,
+        DenoisingKind.WARMUP: computed * block + last_layer + first_layer,
+        DenoisingKind.REUSE: computed * gate + last_layer + first_layer,
     }
-    steps = sum(count * per_step[kind] for kind, count in Counter(plan.steps).items())
+    steps = sum(count * per_step[kind] for kind, count in Counter(plan.kinds).items())
     return plan.num_branches * 2 * net.cond_embed.in_features * width + steps

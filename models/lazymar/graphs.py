@@ -16,8 +16,8 @@ class CaptureError(RuntimeError):
 class CudaCapture:
     """Captures CUDA graphs on a device. They share one memory pool.
 
-    Graphs that read what others have written must be replayed in the order of their capture. In any other order, a
-    graph's output is valid only until the next replay.
+    A replay may overwrite what another graph left in the pool. Graphs that read each other's results must be replayed
+    in the order of their capture; the output of others must be read before the next replay.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class Executor:
         return self.captured[key](*inputs)
 
     def end_batch(self) -> None:
-        """Note that a batch is complete."""
+        """Record the end of a batch."""
         self.is_warm = self.make_capture is None or self.capture is not None
         if self.make_capture is not None and self.capture is None:
             self.capture = self.make_capture()

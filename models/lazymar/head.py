@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from diffusion.ancestral import Ancestral
 from diffusion.solver import Solver
 from models.diffloss import DiffusionHead, modulate
-from models.lazymar.plan import DenoisingStep, HeadPlan
+from models.lazymar.plan import DenoisingKind, HeadPlan
 from models.linear import Linear
 
-FULL, WARMUP, REUSE = DenoisingStep
+FULL, WARMUP, REUSE = DenoisingKind
 ROWS_PER_MATMUL = 4096  # modulations of several denoising steps are computed in one matmul, up to this many rows
 
 
@@ -46,10 +46,10 @@ class HeadSampler:
 
         given = temperature, head.input_proj.weight.device, dtype
         self.denoiser = Solver(plan.solver, *given) if plan.solver else Ancestral(plan.timesteps, *given)
-        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; a solver's are float64
-        kinds = set(plan.steps)
+        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; a solver's are no integers
+        kinds = set(plan.kinds)
         self.times = {
-            kind: torch.stack([time for time, step in zip(times, plan.steps) if step is kind]) for kind in kinds
+            kind: torch.stack([time for time, its in zip(times, plan.kinds) if its is kind]) for kind in kinds
         }
         self.modulation_layers = {kind: self._modulation_layers(kind) for kind in kinds}
 
@@ -58,7 +58,7 @@ class HeadSampler:
         self.blocks_dtype = next(head.res_blocks[0].mlp.parameters()).dtype
         self.norms = [_parameters(block.in_ln, dtype) for block in head.res_blocks]
 
-    def _modulation_layers(self, kind: DenoisingStep) -> list[tuple[Linear, slice]]:
+    def _modulation_layers(self, kind: DenoisingKind) -> list[tuple[Linear, slice]]:
         """Return the layers whose outputs a denoising step of this kind uses, in order, and which of the outputs."""
         layers = []
         for skipped, blocks in self.block_groups:
@@ -85,15 +85,16 @@ class HeadSampler:
         }
         steps_done = dict.fromkeys(self.times, 0)  # of each kind
         for kind, count in self.plan.groups:
-            for *of_blocks, of_last_layer in modulations[kind].at(steps_done[kind], count):
+            # Groups of equal kinds are cut further where a matmul of modulations ends.
+            for *block_modulations, last_modulation in modulations[kind].at(steps_done[kind], count):
                 if kind is REUSE:
-                    reused = self._cached_sum(of_blocks, cache, len(of_last_layer))
-                for number, modulation in enumerate(of_last_layer):
+                    reused = self._cached_sum(block_modulations, cache, len(last_modulation))
+                for offset, modulation in enumerate(last_modulation):
                     if kind is REUSE:
-                        h = F.linear(x, self.input_weight) + reused[number]
+                        h = F.linear(x, self.input_weight) + reused[offset]
                     else:
                         h = F.linear(x, self.input_weight, self.input_bias)
-                        h = self._blocks(kind, h, [of_block[number] for of_block in of_blocks], cache)
+                        h = self._blocks(kind, h, [each[offset] for each in block_modulations], cache)
                     eps, v = self._predict(kind, h, modulation, cache)
                     if cache.direction is not None:
                         eps = torch.addcmul(eps, cache.direction, guidance)
@@ -101,7 +102,7 @@ class HeadSampler:
             steps_done[kind] += count
         return x
 
-    def _blocks(self, kind: DenoisingStep, h: Tensor, modulations: list[Tensor], cache: HeadCache) -> Tensor:
+    def _blocks(self, kind: DenoisingKind, h: Tensor, modulations: list[Tensor], cache: HeadCache) -> Tensor:
         """Return the residual blocks' output for the projected tokens `h` [n, W]: [n, W], or [2n, W] of both branches.
 
         A warm-up step reuses the residuals of skipped blocks.
@@ -144,7 +145,7 @@ class HeadSampler:
         normed = F.layer_norm(h, h.shape[-1:], weight, bias, block.in_ln.eps)
         return block.mlp(modulate(normed, shift, scale).to(self.blocks_dtype))
 
-    def _predict(self, kind: DenoisingStep, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
+    def _predict(self, kind: DenoisingKind, h: Tensor, modulation: Tensor, cache: HeadCache) -> tuple[Tensor, Tensor]:
         """Return eps and v [n, C] of the conditional branch; a full step stores the guidance direction."""
         normed = F.layer_norm(h, h.shape[-1:], eps=self.head.final_layer.norm_final.eps)
         modulated = modulate(normed, *modulation.chunk(2, dim=-1)).to(h.dtype)

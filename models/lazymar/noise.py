@@ -33,7 +33,7 @@ class ImageNoise:
         model:              the network to be sampled from.
         seed:               of the run.
         indices:            [B] numbers of the images in the run, at least 0.
-        num_sampling_steps: the largest number of denoising steps at any autoregressive step.
+        num_sampling_steps: the largest number of ancestral denoising steps at any autoregressive step.
         device:             where noise is drawn; another kind of device draws other noise from the same seed.
     """
 

@@ -16,26 +16,26 @@ from models.lazymar.policy import NO_CACHE, CachePolicy, count_of
 from models.lazymar.schedule import Schedule, ScheduledStep
 
 
-class DenoisingStep(Enum):
+class DenoisingKind(Enum):
     """What the diffusion head computes in a denoising step."""
 
-    FULL = "full"  # both branches, every block
+    FULL = "full"  # every block, in both branches where there is guidance
     WARMUP = "warm-up"  # the conditional branch, every block but the skipped ones
-    REUSE = "reuse"  # the conditional branch, no block
+    REUSE = "reuse"  # the conditional branch; of the blocks only the gates
 
 
 @dataclass(frozen=True)
 class HeadPlan:
     """A denoising chain of the diffusion head.
 
-    steps:          what each denoising step computes, from index S - 1 down to 0.
+    kinds:          what each denoising step computes, from index S - 1 down to 0.
     timesteps:      the timestep of each, of the 1000 of training.
     skipped_blocks: residual blocks that only full steps compute.
     num_branches:   2 with guidance, the conditional and the unconditional branch; 1 without.
     solver:         combines the denoising steps; None: they are ancestral.
     """
 
-    steps: tuple[DenoisingStep, ...]
+    kinds: tuple[DenoisingKind, ...]
     timesteps: tuple[float, ...]
     skipped_blocks: tuple[int, ...]
     num_branches: int
@@ -44,12 +44,12 @@ class HeadPlan:
     @property
     def num_draws(self) -> int:
         """Noise draws per token: one where denoising starts, and one for each ancestral step."""
-        return 1 if self.solver else 1 + len(self.steps)
+        return 1 if self.solver else 1 + len(self.kinds)
 
     @property
-    def groups(self) -> list[tuple[DenoisingStep, int]]:
+    def groups(self) -> list[tuple[DenoisingKind, int]]:
         """The denoising steps as groups of consecutive equal ones: the kind and the size of each group."""
-        return [(kind, len(list(steps))) for kind, steps in itertools.groupby(self.steps)]
+        return [(kind, len(list(steps))) for kind, steps in itertools.groupby(self.kinds)]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Step:
 
     index:                from 0.
     start, stop:          range of the tokens predicted now; the tokens before `start` are known.
-    previous_start:       first token that this step's branches have not yet seen as known: the first one predicted at
-                          the previous step, or at the last step that computed both branches, if this one does.
+    previous_start:       first token predicted at the previous step; at a step that computes both branches, at the last
+                          one that did. Tokens from there on are new to at least one branch.
     cfg:                  CFG scale; 1 at a step without guidance.
-    refresh:              True if the transformer computes all rows in all branches; always True in the baseline.
+    refresh:              True if the transformer computes all rows in each branch; always True in the baseline.
     transformer_branches: branches that the transformer computes: 2, or the conditional one alone.
     reuses_tokens:        True if features of tokens before `previous_start` are read from the token cache.
     num_recomputed:       rows that are recomputed from the prune layer's attention on.
@@ -98,11 +98,6 @@ class Step:
         return slice(self.start, self.stop)
 
     @property
-    def head_branches(self) -> int:
-        """Branches that the head needs conditions of: 2 with guidance, else 1."""
-        return 2 if self.cfg > 1 else 1
-
-    @property
     def num_draws(self) -> int:
         """Noise draws per token, of the chain that needs most."""
         return max(head.num_draws for head, _ in self.head_plans)
@@ -133,12 +128,7 @@ class Plan:
         return len(self.steps)
 
     @property
-    def has_condition_cache(self) -> bool:
-        """True if some steps reuse the difference between the branches."""
-        return self.policy.condition_cache and self.max_branches == 2
-
-    @property
-    def head_plans(self) -> list[HeadPlan]:
+    def distinct_head_plans(self) -> list[HeadPlan]:
         """The distinct plans of the diffusion head."""
         return list(dict.fromkeys(head for step in self for head, _ in step.head_plans))
 
@@ -146,7 +136,7 @@ class Plan:
         lines = ["step  kind     known  predicts    cfg  branches  recomputes   denoising steps"]
         for step in self:
             kind = "refresh" if step.refresh else "lazy"
-            chains = [str(len(head.steps)) for head, _ in step.head_plans]
+            chains = [str(len(head.kinds)) for head, _ in step.head_plans]
             if len(chains) > 1:
                 chains = [f"{chain} for {count} tokens" for chain, (_, count) in zip(chains, step.head_plans)]
             lines.append(
@@ -166,20 +156,20 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     lazy_branches = 1 if condition_cache and policy.condition_interval is None else max_branches
     reuses_features = policy.token_cache or condition_cache
     refreshes = [index for index in range(num_iter) if not reuses_features or policy.is_refresh(index, num_iter)]
-    # Where both branches are computed, and the condition cache is filled:
+    # The steps that may compute both branches; with a condition cache, these fill it.
     both = [index for index in range(num_iter) if not condition_cache or policy.computes_both(index, num_iter)]
 
     steps: list[Step] = []
     for index, scheduled in enumerate(schedule.steps):
         refresh, next_both = index in refreshes, _first_after(index, both, num_iter)
-        # What this step stores is read until the next refresh step; or, if it is the branches' difference at a lazy
-        # step, until the next step that stores it. The unconditional branch is needed if one of these steps is guided.
+        # The unconditional branch is needed if this step is guided, or a later one that reads what this one stores:
+        # features of a refresh step until the next one, the difference of a lazy step until the next step in `both`.
         read_until = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
-        is_guided = any(step.cfg > 1 for step in schedule.steps[index:read_until])
-        branches = max_branches if is_guided and index in both else 1
-        # If earlier steps skipped the unconditional branch, all tokens predicted since it last ran are new to it.
-        last_alike = max((step.index for step in steps if step.transformer_branches >= branches), default=0)
-        start, stop, previous_start = num_known[index], num_known[index + 1], num_known[last_alike]
+        is_needed = any(step.cfg > 1 for step in schedule.steps[index:read_until])
+        branches = max_branches if is_needed and index in both else 1
+        # The last step that computed these branches. Tokens predicted from there on are new to at least one of them.
+        last_with_branches = max((step.index for step in steps if step.transformer_branches >= branches), default=0)
+        start, stop, previous_start = num_known[index], num_known[index + 1], num_known[last_with_branches]
         output_stop = num_known[next_both] if condition_cache and branches == 2 else stop
         reuses_tokens, num_recomputed = policy.token_cache and not refresh, num_rows
         if reuses_tokens:
@@ -211,15 +201,15 @@ def plan_head(scheduled: ScheduledStep, policy: CachePolicy) -> tuple[tuple[Head
     A solver has no head cache: its evaluations are so far apart that nothing is left to reuse.
     """
 
-    def kind(index: int, num_steps: int) -> DenoisingStep:
+    def kind(index: int, num_steps: int) -> DenoisingKind:
         interval = count_of(policy.head_refresh_interval, num_steps)
         if index == num_steps - 1 or index % interval == 0:
-            return DenoisingStep.FULL
-        return DenoisingStep.WARMUP if index > policy.head_warmup * num_steps else DenoisingStep.REUSE
+            return DenoisingKind.FULL
+        return DenoisingKind.WARMUP if index > policy.head_warmup * num_steps else DenoisingKind.REUSE
 
     chains = []
     for timesteps, num_tokens, solver in scheduled.chains:
-        kinds, skipped = (DenoisingStep.FULL,) * len(timesteps), tuple[int, ...]()
+        kinds, skipped = (DenoisingKind.FULL,) * len(timesteps), tuple[int, ...]()
         if policy.head_cache and solver is None:
             kinds = tuple(kind(index, len(timesteps)) for index in reversed(range(len(timesteps))))
             skipped = policy.head_skipped_blocks

@@ -19,7 +19,7 @@ class CachePolicy:
     Args:
         start_step:            every autoregressive step before this one is a refresh step, which computes all rows in
                                both branches; a value below 1 is a fraction of all steps.
-        refresh_interval:      from the start step on, one step in this many is a refresh step, beginning with that one.
+        refresh_interval:      from the start step on, which is a refresh step too, one step in this many is one.
         refresh_steps:         the refresh steps themselves, in place of the two above; the first step always is one.
         prune_layer:           decoder block that chooses rows: from its attention on, only these are recomputed.
         recomputed_fractions:  (step, fraction) pairs: the fraction of rows that is recomputed from this step on; steps
@@ -31,7 +31,7 @@ class CachePolicy:
                                down, is a multiple of this; a value below 1 is a fraction of the chain's steps.
         head_skipped_blocks:   head blocks whose cached residual is reused between full denoising steps.
         head_warmup:           the other head blocks are computed while the denoising step's index is above this
-                               fraction of the chain: by default at the first tenth.
+                               fraction of the chain: 0.9 is the first tenth.
         condition_interval:    every so many steps after a refresh step, a lazy step computes both branches and stores
                                their difference anew; None: only refresh steps do.
         token_cache, condition_cache, head_cache: switch each cache on or off.

@@ -56,7 +56,7 @@ class Sampler:
         net, temperature = model.diffloss.net, plan.schedule.temperature
         with torch.inference_mode():
             self.guidance = torch.tensor([step.cfg - 1 for step in plan], dtype=self.dtype, device=self.device)
-            self.heads = {head: HeadSampler(net, head, temperature, self.dtype) for head in plan.head_plans}
+            self.heads = {head: HeadSampler(net, head, temperature, self.dtype) for head in plan.distinct_head_plans}
         captures = cuda_graphs and self.device.type == "cuda"
         self.make_capture: Callable[[], Capture] | None = partial(CudaCapture, self.device) if captures else None
         self.state: _State | None = None  # of the batch size seen last
@@ -75,7 +75,7 @@ class Sampler:
         Args:
             noise:   the source of randomness; None: `ImageNoise` of seed 0 and images 0..B-1.
             on_step: is called with each step once its work is queued on the device.
-            known:   latents [B, C, h, w] at unit scale, whose tokens at the plan's known positions are kept as they
+            known:   latents [B, C, h, w] at unit variance, whose tokens at the plan's known positions are kept as they
                      are; the others are not read. Needed if the plan has known positions, and only then.
 
         Raises:
@@ -219,15 +219,15 @@ class _State:
         tokens = torch.empty_like(draws[0])
         by_score = self.rank(conditions[: self.num_images]).argsort(dim=1, descending=True, stable=True)
         for head, chosen in zip(heads, by_score.split(sizes, dim=1)):
-            rows = chosen.sort(dim=1).values[..., None]
-            branches = rows.repeat(len(conditions) // self.num_images, 1, 1)
+            picked = chosen.sort(dim=1).values[..., None]
+            branches = picked.repeat(len(conditions) // self.num_images, 1, 1)
             made = self._denoise(
                 head,
                 conditions.take_along_dim(branches, dim=1),
-                draws.take_along_dim(rows[None], dim=2),
+                draws.take_along_dim(picked[None], dim=2),
                 guidance,
             )
-            tokens.scatter_(1, rows.expand_as(made), made)
+            tokens.scatter_(1, picked.expand_as(made), made)
         return tokens
 
     def _denoise(self, head: HeadPlan, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:

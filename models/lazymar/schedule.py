@@ -19,8 +19,8 @@ CFG_SCHEDULES = ("linear", "constant")
 class Chain(NamedTuple):
     """A denoising chain: its timesteps, and the number of tokens per image that it denoises.
 
-    The timesteps are descending, from 999 to 0. With a `solver`, it evaluates the head at them; without, each is an
-    ancestral denoising step, which removes some noise and adds fresh noise.
+    The timesteps, of the 1000 of training, are descending. A `solver`, which LazyMAR does not use, evaluates the head
+    at them; without one, each is an ancestral denoising step, which removes some noise and adds fresh noise.
     """
 
     timesteps: tuple[float, ...]
@@ -91,7 +91,7 @@ def mar_schedule(
     known: Sequence[int] = (),
     temperature: float = 1.0,
 ) -> Schedule:
-    """Return MAR's schedule over the tokens, of which there are `seq_len`, that are not known from the start.
+    """Return MAR's schedule for images of `seq_len` tokens; it predicts those that are not known from the start.
 
     Args:
         num_iter:           autoregressive steps.

@@ -23,11 +23,13 @@ class Transformer:
         num_sequences, width = plan.max_branches * num_images, model.mask_token.shape[-1]
         self.positions = torch.zeros(num_sequences, model.seq_len, dtype=torch.long, device=model.mask_token.device)
         self.class_embedding = model.fake_latent.repeat(num_sequences, 1)
-        # The first decoder block's input, and its queries, keys and values, of all rows:
+        # The first decoder block's input, and its queries, keys and values, of all rows. A step overwrites those of the
+        # rows that it has encoded, so that at a lazy step older tokens keep outdated ones.
         self.first_input = model.mask_token.new_empty(num_sequences, plan.num_rows, width)
         self.first_projections = model.mask_token.new_empty(num_sequences, plan.num_rows, 3 * width)
         self.token_cache = TokenCache(model, plan, num_images) if plan.policy.token_cache else None
-        self.condition_cache = ConditionCache(model, num_images) if plan.has_condition_cache else None
+        stores_difference = plan.policy.condition_cache and plan.max_branches == 2
+        self.condition_cache = ConditionCache(model, num_images) if stores_difference else None
 
     def begin(self, class_labels: Tensor, positions: Tensor) -> None:
         """Start a batch of classes [B], whose tokens are at `positions` [B, L], in order of prediction.
@@ -57,7 +59,8 @@ class Transformer:
             decoded = decoded[:, : step.num_tokens]
         elif self.condition_cache is not None and step.cfg > 1:
             decoded = self.condition_cache.add_unconditional(step, decoded)
-        decoded = decoded[: step.head_branches * self.num_images]  # unguided, it may compute both for later steps
+        if step.cfg == 1:  # it may have computed both branches for later, guided steps
+            decoded = decoded[: self.num_images]
         return self.model.conditions(decoded, self.positions[: len(decoded), step.predicted])
 
     def encode(self, step: Step, tokens: Tensor, positions: Tensor) -> Tensor:
