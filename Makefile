@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-# 3 images of each class: under three minutes of sampling on two cores that compute in float32.
+# 3 images of each class: three minutes of sampling on two cores that compute in float32.
 DEMO = --model mar_tiny --num_images 30 --eval_bsz 15
 REPORT = --models mar_tiny --num_images 80 --eval_bsz 20 --device cpu \
 	--method mar lazymar lazymar+gtr fast

@@ -399,9 +399,8 @@ RECAP = Method(
     ),
 )
 
-# LazyMAR at equal FLOPs with half the error of the guidance direction, chosen by `util.condition_errors` on mar_tiny:
-# both branches are computed at every third step, and fewer rows at the early steps pay for it. docs/results.md has the
-# figures.
+# LazyMAR at equal FLOPs with a third less error of the guidance direction, chosen by `util.condition_errors` on
+# mar_tiny: both branches are computed at every third step, and fewer rows at the early steps pay for it.
 LAZYFRESH = Method(
     cache=CachePolicy(
         start_step=1,

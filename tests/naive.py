@@ -106,7 +106,7 @@ def is_refresh(policy: CachePolicy, step: int, stage_steps: tuple[int, ...], of_
     return step + 1 not in stage_starts and (step - start) % interval == 0
 
 
-def kept_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_predicted: int) -> int:
+def recomputed_rows(policy: CachePolicy, step: int, num_iter: int, num_rows: int, num_predicted: int) -> int:
     """How many rows are recomputed after the prune layer; `num_predicted` are those of this step and the one before."""
     progress = step * 64 // num_iter
     fraction = [value for start, value in policy.recomputed_fractions if start <= progress][-1]
@@ -156,7 +156,7 @@ class Half:
             x = x + block.mlp(block.norm2(x))
         return model.encoder_norm(x)
 
-    def decode(self, policy: CachePolicy | None, num_kept: int, certain: list[int], ranking) -> torch.Tensor:
+    def decode(self, policy: CachePolicy | None, num_recomputed: int, certain: list[int], ranking) -> torch.Tensor:
         """The last block's output [P + L, D], NaN where pruned; by a `ranking` [P + L] or by similarity."""
         x, rows = self.decoder_input, torch.arange(len(self.decoder_input))
         prune_layer = policy.prune_layer if policy else None
@@ -174,7 +174,7 @@ class Half:
                 self.block_inputs[index] = x.clone()
             x = x + attention(block.attn, q, keys, values)
             if index == prune_layer:
-                rows = scores.argsort(stable=True)[:num_kept].sort().values
+                rows = scores.argsort(stable=True)[:num_recomputed].sort().values
                 x = x[rows]
             x = x + block.mlp(block.norm2(x))
         output = torch.full_like(self.decoder_input, torch.nan)
@@ -182,7 +182,7 @@ class Half:
         return output
 
     def run(
-        self, tokens: torch.Tensor, known: Rows, previous: Rows, now: Rows, policy, num_kept, ranking
+        self, tokens: torch.Tensor, known: Rows, previous: Rows, now: Rows, policy, num_recomputed, ranking
     ) -> torch.Tensor:
         """The last block's output, to predict rows `now`, after rows `previous`; a `policy` allows old features."""
         model = self.model
@@ -192,7 +192,7 @@ class Half:
             self.decoder_input = model.mask_token[0] + model.decoder_pos_embed_learned[0]
         encoded = self.encode(tokens, new, buffer + known)
         self.decoder_input[new] = model.decoder_embed(encoded) + model.decoder_pos_embed_learned[0, new]
-        return self.decode(policy, num_kept, previous + now, ranking)
+        return self.decode(policy, num_recomputed, previous + now, ranking)
 
 
 @functools.cache
@@ -511,9 +511,11 @@ def sample_tokens(
             needed = [model.buffer_size + position for later in of_image[step:end] for position in later]
             there = [model.buffer_size + position for position in given]
             there = sorted(there + [row for past in predicted[:-1] for row in past])
-            num_kept = kept_rows(cache, step, num_iter, num_rows, len(needed) + len(previous)) if policy else num_rows
+            num_recomputed = (
+                recomputed_rows(cache, step, num_iter, num_rows, len(needed) + len(previous)) if policy else num_rows
+            )
             chance = ranking[image][step] if policy and policy.selection == "random" else None
-            arguments = (tokens[image], there, previous, needed, policy, num_kept, chance)
+            arguments = (tokens[image], there, previous, needed, policy, num_recomputed, chance)
             h_cond = h_uncond = cond[image].run(*arguments)
             if cfg != 1 and (refresh or extra or not cache.condition_cache):
                 h_uncond = uncond[image].run(*arguments)

@@ -84,8 +84,8 @@ class RunFolder:
         for batch in self.finished():
             for name, values in batch.outputs.items():
                 if name not in outputs:
-                    outputs[name] = torch.full((len(self.labels), *values.shape[1:]), math.nan)
-                outputs[name][batch.indices] = torch.from_numpy(values)
+                    outputs[name] = torch.full((len(self.labels), *values.shape[1:]), math.nan, dtype=torch.float32)
+                outputs[name][batch.indices] = torch.from_numpy(values).float()
         return outputs
 
     def seconds(self) -> dict[str, float]:

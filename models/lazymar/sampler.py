@@ -15,9 +15,10 @@ from models.lazymar.plan import HeadPlan, Plan, Step
 from models.lazymar.transformer import Transformer
 from models.mar import MAR
 
-# Increased by hand when the same settings, weights and seed give other images, by more than rounding: runs that began
-# with an earlier version are then refused. Fingerprints in `tests/test_sampling.py` tell when.
-SAMPLER_VERSION = 1
+# Increased by hand when the same settings, weights and seed give other images, by more than rounding, or when a setting
+# has another name: runs that began with an earlier version are then refused. Fingerprints of images are in
+# `tests/test_sampling.py`.
+SAMPLER_VERSION = 2
 
 
 class SampledStep(NamedTuple):

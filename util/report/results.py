@@ -45,13 +45,13 @@ def compare(row: Row, baseline: Row) -> dict[str, Spread]:
     """Compare a run with the baseline of the same seeds: numbers by name, with standard errors.
 
     "intended" is the share of the images in which the classifier sees the class that was asked for. Nothing is returned
-    if one of the runs has not finished, or if they have different numbers of images.
+    if one of the runs has not finished or has no scores, or if they have different numbers of images.
     """
-    if row.folder is None or baseline.folder is None or len(row.folder.labels) != len(baseline.folder.labels):
+    outputs = [each.folder.outputs() if each.folder else {} for each in (row, baseline)]
+    if not all(outputs) or len(outputs[0]["logits"]) != len(outputs[1]["logits"]):
         return {}
-    labels = np.array(row.folder.labels)
+    labels = np.array(row.options.labels())
     reference = Statistics.load(row.options.statistics, FEATURES_DIMS[row.options.preset.features])
-    outputs = [folder.outputs() for folder in (row.folder, baseline.folder)]
     is_intended = outputs[0]["logits"].argmax(dim=1).numpy() == labels
 
     def measure(chosen: np.ndarray) -> list[float]:
