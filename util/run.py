@@ -166,7 +166,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
             job.print0(f"note: {options.num_images:,} images are not a multiple of {options.class_num} classes")
         if options.score and options.num_images < 5 * FEATURES_DIMS[options.preset.features]:  # a poor covariance
             job.print0(
-                f"note: the FID of so few images, {options.num_images:,}, is far too high: compare it among such runs"
+                f"note: the FID of so few images, {options.num_images:,}, is far too high: compare only such runs"
             )
         stack.enter_context(out_of_memory_explained(batch_size))
         yield run

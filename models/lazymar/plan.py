@@ -8,7 +8,7 @@ Tokens are numbered in order of prediction. Rows are the P buffer rows, which ho
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from diffusion.solver import SolverSteps
@@ -110,7 +110,7 @@ class Plan:
     num_rows:      P + L.
     max_branches:  2 if any step is guided, else 1.
     lazy_branches: maximum number of branches that lazy steps compute; the token cache holds as many.
-    policy:        the cache policy; in the baseline, one that caches nothing.
+    policy:        the cache policy; the baseline's caches nothing, and without guidance there is no condition cache.
     schedule:      the schedule.
     """
 
@@ -152,25 +152,26 @@ def make_plan(schedule: Schedule, policy: CachePolicy | None = None, *, buffer_s
     num_iter, num_rows = len(schedule.steps), buffer_size + schedule.seq_len
     num_known = [*itertools.accumulate((step.num_tokens for step in schedule.steps), initial=len(schedule.known))]
     max_branches = 2 if any(step.cfg > 1 for step in schedule.steps) else 1
-    condition_cache = policy.condition_cache and max_branches == 2
-    lazy_branches = 1 if condition_cache and policy.condition_interval is None else max_branches
-    reuses_features = policy.token_cache or condition_cache
+    if max_branches == 1:  # there is no difference between branches
+        policy = replace(policy, condition_cache=False)
+    lazy_branches = 1 if policy.condition_cache and policy.condition_interval is None else max_branches
+    reuses_features = policy.token_cache or policy.condition_cache
     refreshes = [index for index in range(num_iter) if not reuses_features or policy.is_refresh(index, num_iter)]
     # The steps that may compute both branches; with a condition cache, these fill it.
-    both = [index for index in range(num_iter) if not condition_cache or policy.computes_both(index, num_iter)]
+    both = [index for index in range(num_iter) if not policy.condition_cache or policy.computes_both(index, num_iter)]
 
     steps: list[Step] = []
     for index, scheduled in enumerate(schedule.steps):
         refresh, next_both = index in refreshes, _first_after(index, both, num_iter)
         # The unconditional branch is needed if this step is guided, or a later one that reads what this one stores:
         # features of a refresh step until the next one, the difference of a lazy step until the next step in `both`.
-        read_until = _first_after(index, both if condition_cache and not refresh else refreshes, num_iter)
+        read_until = _first_after(index, both if policy.condition_cache and not refresh else refreshes, num_iter)
         is_needed = any(step.cfg > 1 for step in schedule.steps[index:read_until])
         branches = max_branches if is_needed and index in both else 1
         # The last step that computed these branches. Tokens predicted from there on are new to at least one of them.
         last_with_branches = max((step.index for step in steps if step.transformer_branches >= branches), default=0)
         start, stop, previous_start = num_known[index], num_known[index + 1], num_known[last_with_branches]
-        output_stop = num_known[next_both] if condition_cache and branches == 2 else stop
+        output_stop = num_known[next_both] if policy.condition_cache and branches == 2 else stop
         reuses_tokens, num_recomputed = policy.token_cache and not refresh, num_rows
         if reuses_tokens:
             num_recomputed = policy.rows_recomputed(index, num_iter, num_rows, num_always=output_stop - previous_start)

@@ -19,7 +19,7 @@ class CachePolicy:
     Args:
         start_step:            every autoregressive step before this one is a refresh step, which computes all rows in
                                both branches; a value below 1 is a fraction of all steps.
-        refresh_interval:      from the start step on, which is a refresh step too, one step in this many is one.
+        refresh_interval:      distance between refresh steps from the start step on, which is one itself.
         refresh_steps:         the refresh steps themselves, in place of the two above; the first step always is one.
         prune_layer:           decoder block that chooses rows: from its attention on, only these are recomputed.
         recomputed_fractions:  (step, fraction) pairs: the fraction of rows that is recomputed from this step on; steps

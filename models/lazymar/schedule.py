@@ -54,7 +54,7 @@ class Schedule:
                      in random order where it is equal. None: in random order.
         rank:        scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes
                      the tokens with the highest scores.
-        known:       positions of the tokens that are known from the start, by inpainting; ascending.
+        known:       positions of the tokens that are known from the start (inpainting), ascending.
         temperature: scales the noise of the denoising steps; with a solver, the initial noise.
 
     Raises ValueError for a step without tokens, and for a CFG scale or a temperature out of range.

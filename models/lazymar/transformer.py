@@ -28,8 +28,7 @@ class Transformer:
         self.first_input = model.mask_token.new_empty(num_sequences, plan.num_rows, width)
         self.first_projections = model.mask_token.new_empty(num_sequences, plan.num_rows, 3 * width)
         self.token_cache = TokenCache(model, plan, num_images) if plan.policy.token_cache else None
-        stores_difference = plan.policy.condition_cache and plan.max_branches == 2
-        self.condition_cache = ConditionCache(model, num_images) if stores_difference else None
+        self.condition_cache = ConditionCache(model, num_images) if plan.policy.condition_cache else None
 
     def begin(self, class_labels: Tensor, positions: Tensor) -> None:
         """Start a batch of classes [B], whose tokens are at `positions` [B, L], in order of prediction.
