@@ -36,7 +36,7 @@ def test_count_is_that_of_pytorch(changes: dict) -> None:
     settings = {"num_iter": 4, "cfg": 3.0, "num_sampling_steps": 9, **changes}
     # The fused attention kernels are not in the counter's books of every PyTorch version.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        sample_tokens(model, torch.tensor([1]), **settings, noise=ImageNoise(model, 0, [0], 12))
+        sample_tokens(model, torch.tensor([1]), **settings, noise=ImageNoise(model, 0, [0], 13))
     assert count_flops(model, **settings).total == counter.get_total_flops() > 0
 
 

@@ -45,7 +45,7 @@ def settings_of(name: str, **changes) -> dict:
 def sample_both(name: str, mask: Tensor, model: MAR = MODEL, batch: int = 1, **changes) -> tuple[Tensor, Tensor]:
     """The sampler's latents and those of the definition."""
     settings, method = short_settings(name, **changes), settings_of(name, **changes)
-    run = {"known": (known_latents(model, batch), mask), "noise": ImageNoise(model, 5, range(batch), 21)}
+    run = {"known": (known_latents(model, batch), mask), "noise": ImageNoise(model, 5, range(batch), 22)}
     guidance = {setting: settings[setting] for setting in GUIDANCE}
     expected = naive.sample_tokens(model, LABELS[:batch], find_method(name).replaced(**method), **guidance, **run)
     return sample_tokens(model, LABELS[:batch], method=name, **settings, **run), expected
@@ -86,7 +86,7 @@ def test_any_cache_policy_computes_the_definition(fields: dict, cfg: float) -> N
 
 def test_a_mask_without_known_tokens_changes_nothing() -> None:
     nothing = torch.zeros(64, dtype=torch.bool)
-    noise, settings = ImageNoise(MODEL, 5, [0], 21), short_settings("fast") | {"method": "fast"}
+    noise, settings = ImageNoise(MODEL, 5, [0], 22), short_settings("fast") | {"method": "fast"}
     latents = sample_tokens(MODEL, LABELS[:1], **settings, known=(known_latents(MODEL, 1), nothing), noise=noise)
     assert torch.equal(latents, sample_tokens(MODEL, LABELS[:1], **settings, noise=noise))
 
@@ -101,7 +101,7 @@ def test_flops_are_those_of_pytorch(name: str) -> None:
     settings, mask = {**settings_of(name), "method": name, "cfg": 3.0}, MASKS["left half"]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         known = torch.zeros(1, 16, 8, 8, device="meta"), mask
-        sample_tokens(model, torch.tensor([1]), **settings, known=known, noise=ImageNoise(model, 0, [0], 21))
+        sample_tokens(model, torch.tensor([1]), **settings, known=known, noise=ImageNoise(model, 0, [0], 22))
     assert count_flops(model, known=mask, **settings).total == counter.get_total_flops() > 0
 
 

@@ -235,11 +235,11 @@ def test_images_do_not_depend_on_their_batch_or_on_more_draws(name: str) -> None
 
 
 def test_noise_differs_between_images_seeds_and_steps() -> None:
-    noise = ImageNoise(MODEL, 3, [0, 1], 20)
+    noise = ImageNoise(MODEL, 3, [0, 1], 21)
     assert (noise.orders.sort(dim=1).values == torch.arange(64)).all()
     assert not torch.equal(noise.orders[0], noise.orders[1])
     draws = [noise.draw(0, 5)[:, 0], noise.draw(0, 5)[:, 1], noise.draw(1, 5)[:, 0]]
-    draws.append(ImageNoise(MODEL, 4, [0], 20).draw(0, 5)[:, 0])
+    draws.append(ImageNoise(MODEL, 4, [0], 21).draw(0, 5)[:, 0])
     assert draws[0].shape == (21, 5, 4)
     assert all((draws[0] - other).abs().min() > 0 for other in draws[1:])
     assert torch.equal(noise.draw(0, 5)[:, 0], draws[0])
@@ -317,7 +317,7 @@ def test_images_change_with_the_samplers_version_alone(policy: CachePolicy | Non
 
 
 def test_noise_changes_with_the_samplers_version_alone() -> None:
-    noise = ImageNoise(create_model("mar_tiny"), 3, [0, 41], 100)
+    noise = ImageNoise(create_model("mar_tiny"), 3, [0, 41], 101)
     assert noise.orders[:, :6].tolist() == [[91, 92, 140, 43, 211, 131], [147, 169, 48, 53, 19, 160]], IMAGES_CHANGE
     values = noise.draw(2, 5).flatten(2)[[0, 7, 100], :, 3].flatten().tolist()
     expected = [-0.208578, 0.235960, 0.770916, 0.354436, -1.382423, -0.825951]
@@ -333,7 +333,7 @@ BAD_ARGUMENTS = {
     "num_sampling_steps": [1, 1001],
     "temperature": [-0.1, math.nan],
     "class_labels": [torch.tensor(labels) for labels in ([], [[0]], [0.0, 1.0], [0, 5], [-1, 2])],
-    "noise": [ImageNoise(MODEL, 5, range(2), 21), ImageNoise(MODEL, 5, range(3), 20)],
+    "noise": [ImageNoise(MODEL, 5, range(2), 22), ImageNoise(MODEL, 5, range(3), 21)],
 }
 
 

@@ -84,7 +84,7 @@ def make_sampler(model: MAR, method: Method | str = "mar", **settings: Any) -> S
 
 def batch_of(model: MAR, size: int, seed: int = 5, num_sampling_steps: int = 21) -> tuple[Tensor, ImageNoise]:
     """The labels and the noise of a batch that differs from seed to seed."""
-    return LABELS.roll(seed)[:size], ImageNoise(model, seed, range(size), num_sampling_steps)
+    return LABELS.roll(seed)[:size], ImageNoise(model, seed, range(size), num_sampling_steps + 1)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

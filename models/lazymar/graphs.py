@@ -56,7 +56,7 @@ class CapturedFunction:
 class Executor:
     """Runs functions of tensors: eagerly in the first batch, captured from the second batch on.
 
-    The first batch is the warm-up: it finishes lazy library initialization, which cannot be captured.
+    The first batch finishes lazy library initialization, which cannot be captured.
 
     Args:
         make_capture: makes the `Capture`; see `CudaCapture` for the order of calls. None: run eagerly.

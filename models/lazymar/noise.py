@@ -30,11 +30,11 @@ class ImageNoise:
     """Noise that depends on each image's seed alone: not on its batch, its place in it, or the number of processes.
 
     Args:
-        model:              the network to be sampled from.
-        seed:               of the run.
-        indices:            [B] numbers of the images in the run, at least 0.
-        num_sampling_steps: the largest number of ancestral denoising steps at any autoregressive step.
-        device:             where noise is drawn; another kind of device draws other noise from the same seed.
+        model:     the network to be sampled from.
+        seed:      of the run.
+        indices:   [B] numbers of the images in the run, at least 0.
+        num_draws: noise draws per token at each step: one where denoising starts, and one per ancestral step.
+        device:    where noise is drawn; another kind of device draws other noise from the same seed.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class ImageNoise:
         model: MAR,
         seed: int,
         indices: Sequence[int],
-        num_sampling_steps: int = 100,
+        num_draws: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.token_dim, self.num_draws, self.device = model.token_dim, num_sampling_steps + 1, torch.device(device)
+        self.token_dim, self.num_draws, self.device = model.token_dim, num_draws, torch.device(device)
         # One seed for the order, then one per autoregressive step, of which there are at most as many as tokens.
         seeds = [
             np.random.SeedSequence([seed, int(index)]).generate_state(1 + model.seq_len, "u8") for index in indices

@@ -114,7 +114,7 @@ class Sampler:
 
     def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
         """Return the noise of a run's images [B], given their numbers, drawn on the model's device."""
-        return ImageNoise(self.model, seed, indices, self.num_draws - 1, self.device)
+        return ImageNoise(self.model, seed, indices, self.num_draws, self.device)
 
     def _sample(
         self,
