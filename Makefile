@@ -38,4 +38,4 @@ lint: install
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV)

@@ -23,7 +23,6 @@ from util.machine import retry_eagerly
 from util.options import Options, parse_options
 from util.processes import Job, launch
 from util.run import Run, evaluate_sweep, open_run
-from util.weights import load_model
 
 
 def evaluate(job: Job, options: Options) -> dict[str, Any]:
@@ -37,9 +36,7 @@ def evaluate(job: Job, options: Options) -> dict[str, Any]:
     if options.sweep:
         return evaluate_sweep(job, options, evaluate)
     with open_run(job, options) as run:  # what can be refused is refused here, before long work
-        paths = {"weights": options.resume, "vae_weights": options.vae_path}
-        networks = load_model(options.model, run.device, run.dtype, class_num=options.class_num, **paths)
-        pipe = MARPipeline(*networks, options.preset)
+        pipe = MARPipeline(*run.networks, options.preset)
         sampler = pipe.sampler(options.plan, cuda_graphs=run.cuda_graphs)
         # Each step is an iterator over the batches of the one before: a batch passes all of them, then the next begins.
         batches = run.claim()

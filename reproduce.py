@@ -8,6 +8,7 @@ processes, and ends by writing report.html, with its pictures beside it.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from functools import partial
@@ -48,8 +49,7 @@ def main(job: Job) -> None:
         job.share(lambda: print_costs(asked, device, dtype, job.world_size))
         return
     for options in asked:
-        if not options.overwrite:
-            job.share(partial(check_folder, options.output_dir, options.settings(device, dtype)))
+        job.share(partial(check_folder, options.output_dir, options.settings(device, dtype), options.overwrite))
     missing, steps = job.share(lambda: missing_files(asked)), {}
     for model, reason in missing.items():
         job.print0(f"note: {model} is skipped: {reason}")
@@ -71,8 +71,9 @@ def measure_steps(
     """
     file, num_images = options.output_dir / "steps.json", args.ablation_images
     asked = {"settings": settings, "num_images": num_images, "ablations": list(args.ablations)}
-    if file.exists() and (found := json.loads(file.read_text()))["asked"] == asked:
-        return found
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is missing or damaged
+        if (found := json.loads(file.read_text()))["asked"] == asked:
+            return found
     print(f"measuring the conditions of {num_images} images of {options.model}", flush=True)
     model, _ = load_model(options.model, device, torch.float32, weights=options.resume, vae_weights=options.vae_path)
     teacher = make_teacher(model, options.plan.schedule, torch.arange(num_images) % model.class_num, options.seed)

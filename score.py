@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.output:
         check_writable(args.output)
+        if args.output.exists() and args.output.samefile(args.images):
+            raise InputError(f"{args.output} holds the images: choose another name for the output")
     images = open_images(args.images)
     if images is None:
         raise InputError(f"{args.images} holds no images: name a folder, or an .npz file of images (arr_0, uint8)")

@@ -285,7 +285,7 @@ def load_images(data: str, size: int, fashion_mnist: Path) -> tuple[Tensor, Tens
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for image, path in zip(images, tqdm(files, desc=f"reading {data}"), strict=True):
         try:
-            with Image.open(path) as opened:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as opened:
                 square = ImageOps.fit(opened.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         except Exception as error:  # a damaged file can fail anywhere in the reader
             raise InputError(f"{path} cannot be read as an image ({error}): remove it from --data") from None
@@ -311,7 +311,7 @@ def _load_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-9)
+    count, natural, positive = number(int, 1), number(int, 0, 2**63 - 1), number(float, 1e-9)
     add = parser.add_argument
     add("--model", choices=sorted(MAR_MODELS), default="mar_tiny", help="model to train")
     add("--data", default="fashion-mnist", help="fashion-mnist, or a folder with a subfolder for each class")

@@ -7,7 +7,7 @@ import torch
 import torch_fidelity
 from torch import nn
 
-from util.extractors import INCEPTION_FILE, load_classifier
+from util.extractors import INCEPTION_FILE, load_extractor
 
 
 class RegisteredClassifier(torch_fidelity.FeatureExtractorBase):
@@ -15,7 +15,7 @@ class RegisteredClassifier(torch_fidelity.FeatureExtractorBase):
 
     def __init__(self, name: str, features_list: list[str], **_: object) -> None:
         super().__init__(name, features_list)
-        self.classifier = load_classifier()
+        self.classifier = load_extractor("fashion").networks["features", "logits"]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = dict(zip(("features", "logits"), self.classifier(images)))

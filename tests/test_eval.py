@@ -262,6 +262,8 @@ def test_other_settings_and_weights_are_refused_unless_the_run_is_given_up(copy,
     assert run(command(copy, *others)) == 2
     message = capsys.readouterr().err
     assert "seed 0 there, 1 now; start_step 1 there, 3 now" in message and "--overwrite" in message
+    assert run(command(copy, *others, "--overwrite", "--resume", PRESETS["mar_tiny"].vae_path)) == 2
+    assert "does not fit mar_tiny" in capsys.readouterr().err
     assert_same(copy, whole)
     assert run(command(copy, *others, "--overwrite")) == 0
     assert len(images(copy)) == NUM_IMAGES and not set(images(copy).values()) & set(images(whole).values())

@@ -11,7 +11,7 @@ from models import PRESETS
 from util.errors import InputError
 from util.files import atomic_write
 from util.folder import Batch, RunFolder, check_folder, labels_of, open_finished, open_folder
-from util.images import decode, image_grid, map_images, to_uint8
+from util.images import decode, image_grid, map_images, to_pixels
 
 SETTINGS = {"seed": 0, "class_labels": [1, 2], "class_num": 10, "num_images": 7, "start_step": 5}
 
@@ -61,14 +61,15 @@ def test_other_settings_are_named_and_another_environment_is_printed(folder, cap
         check_folder(folder.path, {**SETTINGS, "class_labels": [2, 1]})
 
 
-def test_a_folder_without_a_finished_batch_takes_other_settings_and_forgets_their_images(folder):
+def test_only_a_folder_without_images_takes_other_settings(folder):
     for file in (folder.path / "batches").iterdir():
         file.unlink()
+    with pytest.raises(InputError, match="seed 0 there, 1 now"):
+        begin(folder.path, {**SETTINGS, "seed": 1}, {})
+    for file in (folder.path / "images").iterdir():
+        file.unlink()
     begin(folder.path, {**SETTINGS, "seed": 1}, {})
-    assert not list((folder.path / "images").iterdir())
-    folder.save(make_batch(0))
-    with pytest.raises(InputError, match="seed 1 there, 0 now"):
-        begin(folder.path, SETTINGS, {})
+    assert json.loads((folder.path / "run.json").read_text())["settings"]["seed"] == 1
 
 
 def test_overwriting_leaves_what_is_not_of_the_run(folder):
@@ -95,6 +96,12 @@ def test_a_finished_run_is_read_from_its_folder_alone(folder):
     settings, metrics, opened = open_finished(folder.path)
     assert settings == SETTINGS and metrics["fid"] == 2 and opened.labels == [1, 2, 1, 2, 1, 2, 1]
     assert opened.missing() == [3, 4, 5] and opened.read_image(1).shape == (8, 8, 3)
+    (folder.path / "images" / "000001.png").write_bytes(bytes(200))
+    with pytest.raises(InputError, match=r"000001\.png cannot be read .* delete it and repeat the run's command"):
+        opened.read_image(1)
+    (folder.path / "metrics.json").write_text('{"fid": 2.0}')
+    with pytest.raises(InputError, match=r"metrics\.json is damaged .* repeat the run's command"):
+        open_finished(folder.path)
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
@@ -110,7 +117,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
 
 def test_pixels_are_rounded_to_the_nearest():
     values = torch.tensor([-1.2, -1.0, -1 + 2 * 0.49 / 255, -1 + 2 * 0.51 / 255, 0.0, 1.0, 7.0])
-    assert to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255]
+    assert to_pixels(values.expand(1, 3, 1, -1))[0, 0, :, 0].tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 
 def test_the_grid_shows_each_image_in_its_place():

@@ -146,6 +146,8 @@ def bad(images, tmp_path_factory) -> Path:
     mixed, damaged = (write_images(root / name, images[1][:5]) / "003.png" for name in ("mixed", "damaged"))
     Image.new("RGB", (40, 30)).save(mixed)
     damaged.write_bytes(damaged.read_bytes()[:150])
+    for file in sorted(write_images(root / "program", images[1][:2]).iterdir()):
+        Image.new("RGB", (32, 32)).save(file, format="EPS")  # which Pillow would give to Ghostscript
     (root / "pickle.npz").write_bytes(pickle.dumps(RunsCode()))
     (root / "empty").mkdir()
     mu, sigma = np.zeros(128), np.eye(128)
@@ -196,6 +198,7 @@ def test_bad_input_is_one_sentence_before_any_work(generated, real, flags, messa
         ("statistics {bad}/plain.npz", "plain.npz holds no images"),
         ("statistics {bad}/larger --features fashion", "takes 32 x 32 RGB images"),
         ("statistics {bad}/damaged --features fashion", "damaged/003.png cannot be read as 8-bit RGB"),
+        ("statistics {bad}/program --features fashion", "000.png cannot be read as 8-bit RGB without loss (cannot"),
         ("statistics {bad}/mixed --features fashion", "mixed/003.png is (30, 40, 3), but the first image (32, 32, 3)"),
         ("export {bad}/plain.npz", "plain.npz holds no images"),
     ],

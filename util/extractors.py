@@ -84,7 +84,8 @@ def load_extractor(
     torch_fidelity, dinov2 = import_torch_fidelity(), None
     try:
         if name == "fashion":
-            network: nn.Module = load_classifier(weights_path or CLASSIFIER_PATH)
+            network: nn.Module = FashionClassifier().requires_grad_(False).eval()
+            load_weights(network, weights_path or CLASSIFIER_PATH, what="the Fashion-MNIST classifier")
         else:
             network = _load_inception(weights_path)
         if with_dinov2:
@@ -155,13 +156,3 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
     )
-
-
-def load_classifier(path: Path = CLASSIFIER_PATH) -> FashionClassifier:
-    """Load the Fashion-MNIST classifier in float32, without gradients and in eval mode.
-
-    Raises InputError if the file is missing or damaged, or holds another network.
-    """
-    classifier = FashionClassifier().requires_grad_(False).eval()
-    load_weights(classifier, path, what="the Fashion-MNIST classifier")
-    return classifier

@@ -105,8 +105,11 @@ class RunFolder:
 
     def read_image(self, index: int) -> np.ndarray:
         """Read the pixels of one image, uint8 [H, W, 3]."""
-        with Image.open(self.image_path(index)) as image:
-            return np.array(image)
+        try:
+            with Image.open(path := self.image_path(index), formats=["PNG"]) as image:
+                return np.array(image)
+        except (OSError, SyntaxError) as error:
+            raise InputError(f"{path} cannot be read ({error}): delete it and repeat the run's command") from None
 
     def save(self, batch: Batch) -> None:
         """Write a batch: first its images, then its record."""
@@ -176,9 +179,6 @@ def open_folder(
     import fcntl  # not on Windows
 
     try:
-        foreign = (file for file in path.rglob("*") if file.is_file() and file.suffix != ".partial")
-        if not (path / "run.json").exists() and any(file.name != ".lock" for file in foreign):
-            raise InputError(f"--output_dir {path} holds files, but no run of eval.py: choose another folder")
         for folder in (path / "images", path / "batches"):
             folder.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
@@ -191,8 +191,7 @@ def open_folder(
             raise InputError(f"--output_dir {path} is in use by another launch: choose another folder") from None
         except OSError:  # a file system without locks
             pass
-        if not overwrite:
-            check_folder(path, settings)
+        check_folder(path, settings, overwrite)
         _begin_or_continue(path, {"settings": settings, "environment": environment}, overwrite)
         yield
 
@@ -200,31 +199,42 @@ def open_folder(
 def _begin_or_continue(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
     for file in path.rglob(".*.partial"):
         file.unlink(missing_ok=True)
-    if overwrite or not any((path / "batches").glob("*.npz")):
-        for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json"):
-            for file in path.glob(pattern):
-                file.unlink()
+    for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json") if overwrite else ():
+        for file in path.glob(pattern):
+            file.unlink()
+    if not _has_images(path):
         with atomic_write(path / "run.json") as partial:
             partial.write_text(json.dumps(run, indent=2))
     elif changed := describe_differences(_read(path / "run.json").get("environment", {}), run["environment"]):
         print(f"note: images from here on may be rounded differently ({'; '.join(changed)})", flush=True)
 
 
-def check_folder(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InputError if a folder, which may not exist, has a batch that was finished with other settings."""
-    differences = describe_differences(_read(path / "run.json").get("settings", {}), settings)
-    if differences and any((path / "batches").glob("*.npz")):
+def check_folder(path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Raise InputError if a folder, which may not exist, holds files but no run, or a run with other settings that is
+    not to be overwritten.
+    """
+    foreign = (file for file in path.rglob("*") if file.is_file() and file.suffix != ".partial")
+    if not (path / "run.json").exists() and any(file.name not in (".lock", "run.json") for file in foreign):
+        raise InputError(f"--output_dir {path} holds files, but no run of eval.py: choose another folder")
+    there = _read(path / "run.json") if _has_images(path) and not overwrite else {}
+    if differences := describe_differences(there.get("settings", {}), settings):
         raise InputError(
             f"{path} holds a run with other settings ({'; '.join(differences[:4])}): give those, choose another "
             "--output_dir, or give --overwrite to delete that run; `score.py evaluate` scores images that are there"
         )
 
 
+def _has_images(path: Path) -> bool:
+    return any(file.suffix in (".png", ".npz") for file in path.glob("*/*"))
+
+
 def _read(file: Path) -> dict[str, Any]:
     """Read `run.json` or `metrics.json`; return nothing if there is no such file."""
     try:
-        return dict(json.loads(file.read_text()))
+        content = json.loads(file.read_text())
+        return {**content, "settings": dict(content["settings"])}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error}): make the run again with --overwrite") from None
+    except (ValueError, TypeError, KeyError) as error:
+        way_out = "repeat the run's command" if file.name == "metrics.json" else "give --overwrite"
+        raise InputError(f"{file} is damaged ({type(error).__name__}: {error}): {way_out}") from None

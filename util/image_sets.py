@@ -81,7 +81,8 @@ def _open_folder(path: Path) -> ImageSet:
 
     is_run = (path / "run.json").exists()
     walk = os.walk(path / "images" if is_run else path, onerror=refuse, followlinks=True)
-    found = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+    folders = {os.path.realpath(folder): (folder, names) for folder, _, names in walk}  # once each: links can loop
+    found = sorted(Path(folder, name) for folder, names in folders.values() for name in names)
     files = [file for file in found if file.suffix.lower() in ENDINGS]
     if not files:
         raise InputError(f"{path} holds no PNG or JPEG images: name a folder that does")
@@ -97,7 +98,7 @@ def _pixels(image: Path | np.ndarray) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
     try:
-        with Image.open(image) as file:
+        with Image.open(image, formats=("PNG", "JPEG")) as file:  # others may start programs, such as EPS
             is_8_bit = file.mode in MODES and ";16" not in str(file.tile)  # Pillow converts 16 bits to 8
             if is_8_bit and file.convert("RGBA").getchannel("A").getextrema() == (255, 255):
                 return np.array(file.convert("RGB"))

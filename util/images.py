@@ -60,14 +60,10 @@ def _apply(vae: AutoencoderKL, network: Callable[[Tensor], Tensor], batch: Tenso
     return torch.cat(map_images(apply, batch))
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Round images of about [-1, 1] to the nearest of 0 to 255; the shape stays."""
-    return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
-
-
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Convert images [B, 3, H, W] of about [-1, 1], on any device, to pixels [B, H, W, 3] uint8, as in a PNG."""
-    return to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    """Round images [B, 3, H, W] of about [-1, 1], on any device, to pixels [B, H, W, 3] uint8, as in a PNG."""
+    rounded = ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+    return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -73,7 +73,7 @@ class Statistics:
         needed = ["mu", "sigma", *(part for name in metrics for part in METRICS[name].needs)]
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name].astype(np.float64) for name in shapes if name in file}
+                arrays = {name: file[name].astype(np.float64, casting="same_kind") for name in shapes if name in file}
             faults = [f"it lacks {name}" for name in needed if name not in arrays]
             for name, array in arrays.items():
                 shape = array.shape[1:] if name == "features" else array.shape  # any number of images

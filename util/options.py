@@ -8,6 +8,7 @@ from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def parse_options(argv: Sequence[str] | None = None, description: str | None = N
     if len(runs) == 1:
         return options
     # Each in a folder of its own, such as seed-0 or cfg-2.5 or cfg-2.5-seed-0.
-    parts = ["cfg-{0.cfg:g}"] * (len(scales) > 1) + ["seed-{0.seed}"] * (len(seeds) > 1)
+    parts = ["cfg-{0.cfg:.15g}"] * (len(scales) > 1) + ["seed-{0.seed}"] * (len(seeds) > 1)
     sweep = (replace(run, output_dir=folder / "-".join(parts).format(run)) for run in runs)
     return replace(options, sweep=tuple(sweep))
 
@@ -156,7 +157,7 @@ def _check(args: argparse.Namespace) -> None:
 def _folder_name(args: argparse.Namespace, num_iter: int) -> str:
     """The default name of a run's folder, such as mar_huge-lazy-iter64-cfg3.25-50000."""
     method = {"mar": "", "lazymar": "-lazy"}.get(args.method_name, f"-{args.method_name}").replace("+", "-")
-    cfg = "-".join(f"{scale:g}" for scale in args.cfg)
+    cfg = "-".join(f"{scale:.15g}" for scale in args.cfg)
     labels = "".join(f"-{label}" for label in (args.class_labels or ())[:8])
     name = f"{args.model}{method}-iter{num_iter}-cfg{cfg}-{args.num_images}"
     return name + f"-classes{labels}" * bool(labels) + "-seeds" * (len(args.seed) > 1)
@@ -182,7 +183,8 @@ def _parser(description: str | None) -> Parser:
     add("--num_images", type=number(int, 1, 10_000_000), metavar="N", help="images to generate (default: 50000)")
     add("--class_labels", type=numbers(int, 0), metavar="CLASS,...",
         help="generate these classes in turn, without scores (default of --num_images: one image of each)")
-    add("--class_num", type=number(int, 1), metavar="N", help="classes of fine-tuned weights (default: the model's)")
+    add("--class_num", type=number(int, 1, 1_000_000), metavar="N",
+        help="classes of fine-tuned weights (default: the model's)")
     add("--eval_bsz", type=number(int, 1), default=128, metavar="N", help="batch size: images sampled together")
     add("--cfg", type=numbers(float, 1), metavar="SCALE,...",
         help="scale of classifier-free guidance, 1 is none; several make a run each (default: the model's)")
@@ -263,6 +265,9 @@ def _parser(description: str | None) -> Parser:
     add("--condition_cache", action=BooleanOptionalAction, help="reuse the branches' difference (default: on)")
     add("--head_cache", action=BooleanOptionalAction,
         help="reuse the head's features between steps, except with a solver (default: on)")
+    for action in parser._actions:
+        if isinstance(action.type, FunctionType) and action.type.__name__.startswith("_"):
+            action.type.__name__ = str(action.metavar)  # for "invalid N or FRACTION value"
     return parser
 # fmt: on
 
@@ -277,6 +282,8 @@ def _method_of(args: argparse.Namespace) -> Method:
         for kind in (Method, CachePolicy)
     )
     try:
+        if {"tokens_per_step", "num_iter"} <= settings.keys():
+            raise InputError("--tokens_per_step takes the place of --num_iter: leave one of them out")
         method = find_method(args.method_name, args.model, getattr(args, "num_iter", None))
         if args.lazy_mar and method.cache != METHODS["lazymar"].cache:
             raise InputError(f"--lazy_mar means --method lazymar, not --method {args.method}: leave one of them out")
@@ -284,7 +291,7 @@ def _method_of(args: argparse.Namespace) -> Method:
             if method.cache is None:
                 raise InputError(f"--{next(iter(policy))} needs caches: give --lazy_mar too, or a --method that caches")
             settings["cache"] = replace(method.cache, **policy)
-        return method.replaced(**settings)
+        return replace(method, **settings)
     except ValueError as error:
         raise InputError(f"--{error}") from None
 

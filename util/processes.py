@@ -38,10 +38,10 @@ class Job:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self.rank, self.local_rank = (int(environment.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         self.world_size = int(environment.get("WORLD_SIZE", 1))
-        self._signal, self._calls, self._queue = 0, 0, ""
         alone = self.world_size == 1
+        self.rank, self.local_rank = (0 if alone else int(environment.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self._signal, self._calls, self._queue = 0, 0, ""
         self._store: Any = dist.HashStore() if alone else self._join(next(dist.rendezvous("env://"))[0])
 
     def _join(self, store: Any) -> Any:
@@ -125,9 +125,10 @@ class Job:
 
     def on_signal(self, number: int, _: object) -> None:
         """Stop the job after the current batch."""
-        if self.rank == 0 and not self._signal:
-            os.write(2, b"\nfinishing the current batch; SIGQUIT (Ctrl-\\) ends the run at once\n")
-        self._signal = number
+        first, self._signal = not self._signal, number
+        if self.rank == 0 and first:
+            with contextlib.suppress(OSError):  # Ctrl-C ends `| tee log`, too
+                os.write(2, b"\nfinishing the current batch; SIGQUIT (Ctrl-\\) ends the run at once\n")
 
     def _check(self) -> None:
         """Raise `Stopped` if the job is to stop."""
@@ -149,8 +150,8 @@ class Job:
 def launch(main: Callable[[Job], object]) -> int:
     """Run `main` in this process of the job, and return the exit code.
 
-    The code is 0 if all went well, 2 after an `InputError`, 128 + its number after a signal, and 1 after any other
-    exception. The reason is printed once, by the rank that fails first.
+    The code is 0 if all went well, 2 after an `InputError` or `OSError`, 128 + its number after a signal, and 1 after
+    any other exception. The reason is printed once, by the rank that fails first.
     """
     job, handlers = None, {}
     try:
@@ -163,7 +164,7 @@ def launch(main: Callable[[Job], object]) -> int:
         code = stopped.args[0]
         by = signal.Signals(code - 128).name if code > 128 else "another rank"
         reason = f"stopped by {by}; {GO_ON}"
-    except InputError as error:
+    except (InputError, OSError) as error:
         code, reason = 2, f"error: {error}"
     except Exception:
         code, reason = 1, traceback.format_exc()
@@ -171,5 +172,6 @@ def launch(main: Callable[[Job], object]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if job is None or job.fail(code):
-        print(reason, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(reason, file=sys.stderr, flush=True)
     return code

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from models import MAR, AutoencoderKL
 from models.lazymar.flops import Flops
 from util import machine
 from util.errors import InputError
@@ -25,7 +26,7 @@ from util.machine import out_of_memory_explained
 from util.metrics import Statistics, needs_dinov2, score, score_table
 from util.options import Options, describe_method
 from util.processes import GO_ON, Job
-from util.weights import find_weights
+from util.weights import find_weights, load_model
 
 GRID_IMAGES = 80  # in grid.png: 8 of each class where there are 10
 WRITERS = 4  # batches that are written in the background
@@ -44,6 +45,7 @@ class Run:
     environment: dict[str, Any]
     folder: RunFolder
     missing: list[int]  # the numbers of the images that are to be made
+    networks: tuple[MAR, AutoencoderKL]
     extractor: Extractor | None  # None: no scores are wanted
     reference: Statistics | None
 
@@ -94,16 +96,16 @@ class Run:
         metrics = {"num_images": options.num_images, "method": method, "flops_per_image": flops.total}
         metrics |= {"flops_by_part": flops._asdict(), **seconds, **self._scores()}
         metrics |= {"settings": self.settings, "environment": self.environment}
-        print(f"images           {options.num_images:,} of {options.model}, method {method}")
-        if self.extractor:
-            print(score_table(metrics, self.extractor.name))
-        print("s per image      {seconds_per_image:.3f} (sampling {sampling_seconds:.3f})".format(**seconds))
-        print(f"TFLOPs per image {flops.total / 1e12:.4g}\nwritten to       {self.folder.path}", flush=True)
         shown = list(range(min(GRID_IMAGES, options.num_images)))
         if options.class_labels is None:
             shown.sort(key=lambda index: self.folder.labels[index])
         self.folder.write("grid.png", encode_png(image_grid([self.folder.read_image(index) for index in shown])))
         self.folder.write("metrics.json", json.dumps(metrics, indent=2).encode())
+        print(f"images           {options.num_images:,} of {options.model}, method {method}")
+        if self.extractor:
+            print(score_table(metrics, self.extractor.name))
+        print("s per image      {seconds_per_image:.3f} (sampling {sampling_seconds:.3f})".format(**seconds))
+        print(f"TFLOPs per image {flops.total / 1e12:.4g}\nwritten to       {self.folder.path}", flush=True)
         return metrics
 
     def _scores(self) -> dict[str, Any]:
@@ -142,8 +144,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
     batch_size = min(options.eval_bsz, options.num_images)
     settings = options.settings(device, dtype)
     environment = {"eval_bsz": options.eval_bsz, **machine.describe(device)}
-    if not options.overwrite:
-        check_folder(options.output_dir, settings)  # before the work that digests and networks take
+    check_folder(options.output_dir, settings, options.overwrite)  # before the work that digests and networks take
     reference, extractor = None, None
     if options.score:
         features, with_dinov2 = options.preset.features, needs_dinov2(options.metrics)
@@ -153,13 +154,16 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
     settings["scored by"] = extractor.identity if extractor else None
     settings |= job.share(lambda: {f"sha256 of {what}": file_digest(file) for what, file in weights.items()})
     with contextlib.ExitStack() as stack:
+        stack.enter_context(out_of_memory_explained(batch_size))
+        paths = {"weights": options.resume, "vae_weights": options.vae_path}  # before --overwrite: they may not fit
+        networks = load_model(options.model, device, dtype, class_num=options.class_num, **paths)
         if job.rank == 0:
             overwrite = options.overwrite
             stack.enter_context(open_folder(options.output_dir, settings, environment, overwrite=overwrite))
         num_saved = options.num_images if options.save_images else GRID_IMAGES
         folder = RunFolder(options.output_dir, options.labels(), num_saved)
         missing = job.share(folder.missing)
-        run = Run(job, options, device, dtype, settings, environment, folder, missing, extractor, reference)
+        run = Run(job, options, device, dtype, settings, environment, folder, missing, networks, extractor, reference)
         there = options.num_images - len(missing)
         job.print0(f"{folder.path}: {there:,} of {options.num_images:,} images are there")
         if options.class_labels is None and options.num_images % options.class_num:
@@ -168,7 +172,6 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
             job.print0(
                 f"note: the FID of so few images, {options.num_images:,}, is far too high: compare only such runs"
             )
-        stack.enter_context(out_of_memory_explained(batch_size))
         yield run
 
 
@@ -181,8 +184,9 @@ def evaluate_sweep(job: Job, options: Options, evaluate: Callable[[Job, Options]
         InputError: as `evaluate`; or one of the folders holds a run with other settings.
     """
     device = machine.choose_device(options.device, job.local_rank)
-    for run in options.sweep if not options.overwrite else ():  # all of them, before the first one takes its time
-        check_folder(run.output_dir, run.settings(device, machine.choose_dtype(options.dtype, device)))
+    dtype = machine.choose_dtype(options.dtype, device)
+    for run in options.sweep:  # all of them, before the first one takes its time
+        check_folder(run.output_dir, run.settings(device, dtype), options.overwrite)
     summary, table = summarise_sweep(options.sweep, [evaluate(job, run) for run in options.sweep])
     if job.rank == 0:
         with atomic_write(options.output_dir / "cfgs.json") as partial:
@@ -201,7 +205,7 @@ def summarise_sweep(runs: Sequence[Options], metrics: Sequence[dict[str, Any]]) 
         mean = {name: statistics.mean(each) for name, each in values.items()}
         spread = {name: statistics.stdev(each) for name, each in values.items() if len(each) > 1}
         summaries.append({"cfg": cfg, "mean": mean, "spread": spread})
-        rows["cfg"] += f"{cfg:>20g}"
+        rows["cfg"] += f"{cfg:>20.15g}"
         for name in names:
             cell = f"{mean[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread else "")
             rows[name] += f"{cell:>20s}"
