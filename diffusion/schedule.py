@@ -55,7 +55,7 @@ class NoiseSchedule:
         previous = np.append(1.0, self.alpha_bars[:-1])
         betas = 1 - self.alpha_bars / previous
         posterior_variances = betas * (1 - previous) / (1 - self.alpha_bars)
-        # The first posterior variance is 0, whose logarithm the second one's stands for.
+        # The first posterior variance is 0: its logarithm is replaced by the second one's.
         self.log_posterior_variances = np.log(np.append(posterior_variances[1], posterior_variances[1:]))
         self.log_betas = np.log(betas)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diffusion.schedule import NUM_TRAIN_STEPS, cosine_betas
 
-RULES = ("multistep", "singlestep")
+SOLVER_RULES = ("multistep", "singlestep")
 FIRST_TIMESTEP = 950.0  # of the multistep rule; docs/methods.md says why
-LOWEST_LOG_SNR = -5.1  # of the single-step rule: it cuts off the noise schedule where log(alpha / sigma) is lower
+LOWEST_LAMBDA = -5.1  # of the single-step rule: it cuts off the noise schedule where log(alpha / sigma) is lower
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class SolverSteps:
     rule: str = "multistep"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.evaluations <= NUM_TRAIN_STEPS or self.rule not in RULES:
-            allowed = f"solver:N or solver:N:{'|'.join(RULES)} with N from 2 to {NUM_TRAIN_STEPS}"
+        if not 2 <= self.evaluations <= NUM_TRAIN_STEPS or self.rule not in SOLVER_RULES:
+            allowed = f"solver:N or solver:N:{'|'.join(SOLVER_RULES)} with N from 2 to {NUM_TRAIN_STEPS}"
             raise ValueError(f"num_sampling_steps must be {allowed}, not {self}")
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ def solution(steps: SolverSteps) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
         timesteps = times.uniform(FIRST_TIMESTEP, 0, steps.evaluations)
         moves = [(i, max(i - 1, 0), False) for i in range(steps.evaluations)]
     else:
-        times = _Times(log_alphas[_log_snr(log_alphas) >= LOWEST_LOG_SNR])
+        times = _Times(log_alphas[_lambda(log_alphas) >= LOWEST_LAMBDA])
         full, left = divmod(steps.evaluations, 3)
         orders = [3] * (full - 1) + [2, 1] if left == 0 else [3] * full + [left]
         outer = times.uniform(times.timesteps[-1], 0, len(orders))
@@ -77,7 +77,7 @@ def solution(steps: SolverSteps) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
         moves = [(start, start, order == 3) for start, order in zip(starts, orders) for _ in range(order)]
 
     alphas = np.exp(times.log_alpha(timesteps))
-    lambdas = _log_snr(times.log_alpha(timesteps))
+    lambdas = _lambda(times.log_alpha(timesteps))
     sigmas = alphas / np.exp(lambdas)
     terms = np.eye(len(timesteps))  # the initial noise and the data predictions
     states, data = [terms[0]], terms[1:]
@@ -92,7 +92,7 @@ def solution(steps: SolverSteps) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 class _Times:
-    """Timesteps between those of training, with log alpha interpolated linearly; fewer entries are stretched."""
+    """Maps timesteps to log alpha, linearly interpolated; fewer than 1000 entries are spread over all timesteps."""
 
     def __init__(self, log_alphas: np.ndarray) -> None:
         self.log_alphas = log_alphas
@@ -100,7 +100,7 @@ class _Times:
 
     def uniform(self, first: float, last: float, count: int) -> np.ndarray:
         """Return the timesteps [count + 1] of `count` steps from `first` to `last` that are equal in log-SNR."""
-        start, stop = _log_snr(self.log_alpha(np.array([first, last])))
+        start, stop = _lambda(self.log_alpha(np.array([first, last])))
         lambdas = np.linspace(start, stop, count + 1)
         return np.interp(-0.5 * np.logaddexp(0, -2 * lambdas), self.log_alphas[::-1], self.timesteps[::-1])
 
@@ -108,8 +108,8 @@ class _Times:
         return np.interp(timesteps, self.timesteps, self.log_alphas)
 
 
-def _log_snr(log_alphas: np.ndarray) -> np.ndarray:
-    """Return half the log-SNR, log(alpha / sigma), lambda in the paper."""
+def _lambda(log_alphas: np.ndarray) -> np.ndarray:
+    """Return log(alpha / sigma), lambda in the paper: half the log-SNR."""
     return log_alphas - 0.5 * np.log(-np.expm1(2 * log_alphas))
 
 

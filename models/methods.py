@@ -81,7 +81,7 @@ class AnnealedSteps:
             if step >= num_generating:
                 return self.lower
             last = num_generating - 1
-        if last == 0:  # a single step, which both begins and ends the fall
+        if last == 0:
             return self.upper
         if self.schedule == "cosine":
             return self.lower + int((math.cos(math.pi * step / last) + 1) / 2 * span)
@@ -92,8 +92,7 @@ class AnnealedSteps:
 class DetailedTokens:
     """The tokens of the last stage whose conditions vary most across channels take a longer denoising chain (GtR).
 
-    If the other tokens take more denoising steps than `num_sampling_steps`, these take as many; so they do if the
-    others take `SolverSteps`, which need no longer chain.
+    They never take fewer denoising steps than the other tokens. With `SolverSteps`, all tokens take the same chain.
 
     Args:
         share:              share of the tokens that a step predicts, in each image by itself.
@@ -140,9 +139,10 @@ class Method:
         unguided_below:      steps whose CFG scale is below this run without guidance.
         lazy_sampling_steps: maximum number of denoising steps at steps that are not refresh steps.
         temperature:         scale of the noise of the denoising steps; with `SolverSteps`, of the initial noise.
-        cache:               the cache policy; with several stages, and with the token schedule "exp", its start step
-                             and refresh interval are of 64 steps; with `AnnealedSteps` its head's refresh interval is
-                             of 100 denoising steps; with `SolverSteps` its head cache is not used.
+        cache:               the cache policy. With several stages, and with the token schedule "exp", its start step
+                             and refresh interval are given for 64 steps and scaled to the method's; with
+                             `AnnealedSteps` its head's refresh interval is given for 100 denoising steps and scaled to
+                             each chain; with `SolverSteps` its head cache is not used.
 
     Raises ValueError, naming the field, for a value out of range.
     """
@@ -173,6 +173,8 @@ class Method:
         for name, (valid, wanted) in limits.items():
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        if self.lazy_sampling_steps is not None and self.cache is None:
+            raise ValueError("lazy_sampling_steps needs a method that caches: choose one, or leave it out")
         by_generation = getattr(self.num_sampling_steps, "schedule", None) == "generation"
         if self.num_stages == 1 and (self.detailed_tokens or by_generation):
             name = "detailed_tokens" if self.detailed_tokens else "num_sampling_steps by the schedule generation"
@@ -185,10 +187,6 @@ class Method:
         """The fields that differ from MAR's, by name."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
-
-    def replaced(self, **settings: Any) -> "Method":
-        """Return the method with other settings."""
-        return replace(self, **settings)
 
     def plan(self, model: MAR, *, cfg: float, cfg_schedule: str = "linear", known: Tensor | None = None) -> Plan:
         """Return the plan for a model, which may be on the meta device, over all tokens or those that are missing.
@@ -211,7 +209,7 @@ class Method:
         steps = []
         for index, scale in enumerate(scales):
             limit = NUM_TRAIN_STEPS
-            if self.lazy_sampling_steps and policy is not None and not policy.is_refresh(index, num_iter):
+            if self.lazy_sampling_steps and policy and not policy.is_refresh(index, num_iter):
                 limit = self.lazy_sampling_steps
             steps.append(ScheduledStep(scale, self._chains(index, order, limit)))
         schedule = Schedule(tuple(steps), order.stages, detail, positions, self.temperature)
@@ -277,8 +275,8 @@ class Method:
         if isinstance(self.num_sampling_steps, AnnealedSteps) and policy.head_refresh_interval >= 1:
             fraction = min(policy.head_refresh_interval / REFERENCE_DENOISING_STEPS, 0.999)
             policy = replace(policy, head_refresh_interval=fraction)
-        in_random_order = order.stages is None and self.token_schedule == "cosine"
-        if in_random_order or policy.refresh_steps is not None:
+        is_mar_order = order.stages is None and self.token_schedule == "cosine"
+        if is_mar_order or policy.refresh_steps is not None:
             return policy
         start, interval = policy.start_step, policy.refresh_interval
         start = count_of(start, num_iter) if start < 1 else math.ceil(start * num_iter / REFERENCE_STEPS)
@@ -443,8 +441,8 @@ def emigm(model: str, num_iter: int = 16) -> Method:
     """
     few, many = EMIGM_INTERVALS.get("512" if model.endswith("_512") else model, EMIGM_INTERVALS["emigm"])
     if num_iter <= 32:
-        return EMIGM.replaced(num_iter=num_iter, guidance_interval=few)
-    return EMIGM.replaced(num_iter=num_iter, guidance_interval=many, num_sampling_steps=SolverSteps(14, "singlestep"))
+        return replace(EMIGM, num_iter=num_iter, guidance_interval=few)
+    return replace(EMIGM, num_iter=num_iter, guidance_interval=many, num_sampling_steps=SolverSteps(14, "singlestep"))
 
 
 METHODS = {
@@ -460,7 +458,7 @@ METHODS = {
 }
 
 
-def find_method(name: str, model: str = "", num_iter: int | None = None) -> Method:
+def find_method(name: str, model: str = "", num_iter: int | tuple[int, ...] | None = None) -> Method:
     """Return the method of a name, or the composition of names joined by "+".
 
     `model`, the name of a preset, and the number of steps decide settings of "emigm" alone, see `emigm`.
@@ -468,7 +466,7 @@ def find_method(name: str, model: str = "", num_iter: int | None = None) -> Meth
     Raises ValueError, naming method, for an unknown name, and for methods that contradict each other.
     """
     names = [part.strip().lower() for part in name.split("+")]
-    composed, decided_by = Method(), dict[str, str]()
+    settings, decided_by = dict[str, Any](), dict[str, str]()
     for part in names:
         if part not in METHODS:
             raise ValueError(f"method {part!r} is unknown: choose from {', '.join(METHODS)}, or join several by +")
@@ -479,8 +477,8 @@ def find_method(name: str, model: str = "", num_iter: int | None = None) -> Meth
                     f"method {name} cannot be: {decided_by[setting]} and {part} both set {setting}; leave one out"
                 )
             decided_by[setting] = part
-            composed = composed.replaced(**{setting: value})
-    return composed
+            settings[setting] = value
+    return Method(**settings)
 
 
 def sample_tokens(
@@ -497,12 +495,14 @@ def sample_tokens(
     """Sample one batch of latents [B, C, h, w] for classes [B].
 
     Args:
-        method:   a `Method` or its name.
-        known:    for inpainting: latents [B, C, h, w] at unit variance, and a BoolTensor of L tokens in row-major
-                  order, True where tokens are kept as they are. The other tokens are sampled, given these.
-        settings: fields of `Method` that replace the method's, such as `num_iter=32` or `temperature=0.9`.
+        method:       a `Method` or its name.
+        cfg:          CFG scale, at least 1 (1: no guidance).
+        cfg_schedule: "linear" grows towards `cfg` with the number of predicted tokens; "constant" does not.
+        known:        for inpainting: latents [B, C, h, w] at unit variance, and a BoolTensor of L tokens in row-major
+                      order, True where tokens are kept as they are. The other tokens are sampled, given these.
+        settings:     fields of `Method` that replace the method's, such as `num_iter=32` or `temperature=0.9`.
 
-    The other arguments, the result and the errors are those of `Sampler` and `mar_schedule`.
+    The other arguments, the result and the errors are those of `Sampler` and `Method.plan`.
     """
     latents, mask = known or (None, None)
     method = with_settings(model, method, settings)
@@ -531,4 +531,4 @@ def with_settings(model: MAR, method: Method | str, settings: Mapping[str, Any])
     """Return a method, given by itself or by its name, with other settings."""
     if isinstance(method, str):
         method = find_method(method, model.name, settings.get("num_iter"))
-    return method.replaced(**settings)
+    return replace(method, **settings)

@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,17 +87,17 @@ def test_the_help_shows_defaults_that_are_understood_as_they_are_written():
     ("arguments", "method", "folder"),
     [
         ("", "mar", "mar_huge-iter64-cfg3.25-50000"),
-        ("--lazy_mar --method lazymar --num_iter 32", LAZYMAR.replaced(num_iter=32),
+        ("--lazy_mar --method lazymar --num_iter 32", replace(LAZYMAR, num_iter=32),
          "mar_huge-lazy-iter32-cfg3.25-50000"),
         ("--method LazyMAR+DiSA --cfg 3 --num_images 1000", "lazymar+disa", "mar_huge-lazymar-disa-iter64-cfg3-1000"),
-        ("--method gtr --num_iter 20,8,4 --detailed_tokens 0.2:40 --num_sampling_steps 50:5:cosine", GTR.replaced(
-            num_iter=(20, 8, 4), detailed_tokens=DetailedTokens(0.2, 40),
+        ("--method gtr --num_iter 20,8,4 --detailed_tokens 0.2:40 --num_sampling_steps 50:5:cosine", replace(
+            GTR, num_iter=(20, 8, 4), detailed_tokens=DetailedTokens(0.2, 40),
             num_sampling_steps=AnnealedSteps(50, 5, "cosine")), "mar_huge-gtr-iter32-cfg3.25-50000"),
         ("--model mar_base --lazy_mar --unguided_below 1.2 --no-token_cache --prune_layer 99 --refresh_steps 0,9",
          Method(unguided_below=1.2, cache=CachePolicy(token_cache=False, prune_layer=99, refresh_steps=(0, 9))),
          "mar_base-lazy-iter64-cfg2.9-50000"),
         ("--model mar_tiny --class_labels 7 --num_images 5", "mar", "mar_tiny-iter64-cfg5-5-classes-7"),
-        ("--cfg 2.5,3 --seed 0,1", "mar", "mar_huge-iter64-cfg2.5-3-50000-seeds"),
+        ("--cfg 2.5,2.5000001 --seed 0,1", "mar", "mar_huge-iter64-cfg2.5-2.5000001-50000-seeds"),
     ],
 )  # fmt: skip
 def test_a_method_and_its_settings_are_chosen_by_flags(arguments, method, folder):
@@ -126,7 +127,9 @@ def test_classes_take_turns_and_images_are_counted():
         ("--method foo", "--method 'foo' is unknown: choose from mar, lazymar,"),
         ("--lazy_mar --method disa", "--lazy_mar means --method lazymar, not --method disa: leave one of them out"),
         ("--method disa --start_step 3", "--start_step needs caches: give --lazy_mar too"),
-        ("--method gtr --detailed_tokens 0.1", "--detailed_tokens: invalid"),
+        ("--lazy_sampling_steps 40", "--lazy_sampling_steps needs a method that caches"),
+        ("--tokens_per_step 256 --num_iter 3", "--tokens_per_step takes the place of --num_iter"),
+        ("--method gtr --detailed_tokens 0.1", "--detailed_tokens: invalid SHARE:N or none value: '0.1'"),
         ("--detailed_tokens 0.1:50", "--detailed_tokens needs several stages"),
         ("--lazy_mar --start_step 1.5", "--start_step must be a whole number, or a fraction between 0 and 1, not 1.5"),
         ("--lazy_mar --prune_layer 20", "--prune_layer must be below 20, the decoder blocks of mar_huge"),

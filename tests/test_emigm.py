@@ -6,6 +6,7 @@ and the conditions of three steps, of the conditional branch. Only the first dra
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from test_sampling import assert_equal_to_naive
 from tools import MODEL, random_model
 from torch import Tensor
 
-from diffusion.solver import RULES
+from diffusion.solver import SOLVER_RULES
 from models import (
     MAR,
     METHODS,
@@ -100,12 +101,12 @@ MISTAKES = [
 
 @pytest.mark.parametrize("changes", MISTAKES, ids=str)
 def test_mistakes_are_seen(changes: dict) -> None:
-    assert max(run("16x8", recorded_method(load_case("16x8")).replaced(**changes))[1]) > 1e-7
+    assert max(run("16x8", replace(recorded_method(load_case("16x8")), **changes))[1]) > 1e-7
 
 
 # Against the definition
 
-SOLVERS = [SolverSteps(count, rule) for rule in RULES for count in (2, 3, 4, 6, 8)]
+SOLVERS = [SolverSteps(count, rule) for rule in SOLVER_RULES for count in (2, 3, 4, 6, 8)]
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
@@ -136,7 +137,7 @@ def test_tokens_per_step_and_an_interval_compose() -> None:
 
 
 def test_the_head_cache_has_no_use_with_a_solver() -> None:
-    plan = find_method("lazymar").replaced(num_sampling_steps=SolverSteps(8)).plan(MODEL, cfg=3.0)
+    plan = replace(find_method("lazymar"), num_sampling_steps=SolverSteps(8)).plan(MODEL, cfg=3.0)
     assert sum(len(head.kinds) for step in plan for head, _ in step.head_plans) == 64 * 8
     assert {(kind, head.skipped_blocks) for head in plan.distinct_head_plans for kind in head.kinds} == {
         (DenoisingKind.FULL, ())

@@ -1,5 +1,7 @@
 """Sampling from known tokens computes what `naive.py` defines, by every method and with every cache."""
 
+from dataclasses import replace
+
 import naive
 import pytest
 import torch
@@ -47,7 +49,7 @@ def sample_both(name: str, mask: Tensor, model: MAR = MODEL, batch: int = 1, **c
     settings, method = short_settings(name, **changes), settings_of(name, **changes)
     run = {"known": (known_latents(model, batch), mask), "noise": ImageNoise(model, 5, range(batch), 22)}
     guidance = {setting: settings[setting] for setting in GUIDANCE}
-    expected = naive.sample_tokens(model, LABELS[:batch], find_method(name).replaced(**method), **guidance, **run)
+    expected = naive.sample_tokens(model, LABELS[:batch], replace(find_method(name), **method), **guidance, **run)
     return sample_tokens(model, LABELS[:batch], method=name, **settings, **run), expected
 
 
@@ -106,7 +108,7 @@ def test_flops_are_those_of_pytorch(name: str) -> None:
 
 
 def test_a_kept_sampler_repeats_a_batch_and_needs_the_known_tokens() -> None:
-    plan = find_method("fast").replaced(**settings_of("fast")).plan(MODEL, cfg=2.5, known=MASKS["left half"])
+    plan = replace(find_method("fast"), **settings_of("fast")).plan(MODEL, cfg=2.5, known=MASKS["left half"])
     sampler, latents = Sampler(MODEL, plan), known_latents(MODEL, 2)
     first = sampler(LABELS[:2], known=latents)
     assert sampler.is_warm(2) and torch.equal(sampler(LABELS[:2], known=latents), first)

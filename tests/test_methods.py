@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from models.lazymar.plan import DenoisingKind, Plan
 def plan_of(name: str, **settings) -> Plan:
     with torch.device("meta"):
         model = create_model("mar_base")
-    return find_method(name).replaced(**settings).plan(model, cfg=3.25)
+    return replace(find_method(name), **settings).plan(model, cfg=3.25)
 
 
 def lengths(plan: Plan) -> list[int]:

@@ -1,12 +1,12 @@
 """reproduce.py: what it evaluates, what it computes from the run folders, and the page that it draws."""
 
 import base64
-import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -92,7 +92,7 @@ def test_a_study_is_commands_of_eval():
     assert all(options.overwrite for options in alone.values())
     # Methods keep their own numbers of steps.
     assert everything["mar_tiny", "gtr"].method == find_method("gtr")
-    assert everything["mar_tiny", "lazymar+disa"].method == find_method("lazymar+disa").replaced(num_iter=32)
+    assert everything["mar_tiny", "lazymar+disa"].method == replace(find_method("lazymar+disa"), num_iter=32)
     folders = {options.output_dir for options in everything.values()}
     assert len(folders) == len(everything) == 3 * 2 + len(METHODS_COMPARED)
 
@@ -123,7 +123,7 @@ def test_folders_of_other_settings_are_refused_before_any_work(copy, monkeypatch
 
 
 def test_a_model_without_weights_is_skipped_with_a_note(tmp_path, monkeypatch, capsys):
-    nowhere = dataclasses.replace(PRESETS["mar_base"], checkpoint=tmp_path / "mar_base" / "checkpoint-last.pth")
+    nowhere = replace(PRESETS["mar_base"], checkpoint=tmp_path / "mar_base" / "checkpoint-last.pth")
     monkeypatch.setitem(PRESETS, "mar_base", nowhere)
     assert run(tmp_path / "run", "--models", "mar_base", "--ablations", "none", "--method", "lazymar") == 0
     assert f"mar_base is skipped: no weights for mar_base: {nowhere.checkpoint}" in capsys.readouterr().out

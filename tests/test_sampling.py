@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from dataclasses import replace
 from itertools import product
 
 import naive
@@ -48,7 +49,7 @@ from models.linear import PackedLinear
 def assert_equal_to_naive(name: str, size: int = 1, model: MAR = SMALL, **changes) -> None:
     settings = short_settings(name, **changes)
     run = {setting: settings.pop(setting) for setting in GUIDANCE}
-    method = find_method(name).replaced(**settings)
+    method = replace(find_method(name), **settings)
     sampler = make_sampler(model, method, **run)
     noise = sampler.noise(5, range(size))
     result = sampler(LABELS[:size], noise)
@@ -232,6 +233,12 @@ def test_images_do_not_depend_on_their_batch_or_on_more_draws(name: str) -> None
     for places in ([0], [1], [2], [2, 0]):
         assert relative_error(sample(places), together[places]) < 1e-9
     assert torch.equal(sample([0, 1, 2], more_draws=9), together)
+
+
+def test_between_steps_gradients_may_be_computed() -> None:
+    sampler = make_sampler(SMALL, **short_settings("lazymar"))
+    for _ in sampler.steps(LABELS[:1], None, sampler.empty_latents(1)):
+        assert not torch.is_inference_mode_enabled()
 
 
 def test_noise_differs_between_images_seeds_and_steps() -> None:

@@ -84,7 +84,7 @@ def chain_flops(model: MAR, plan: HeadPlan) -> int:
     """FLOPs of a denoising chain for one token."""
     net = model.diffloss.net
     width, depth = net.input_proj.out_features, len(net.res_blocks)
-    computed = depth - sum(number in plan.skipped_blocks for number in range(depth))
+    computed = sum(number not in plan.skipped_blocks for number in range(depth))
     block = 2 * width * 3 * width + 2 * 2 * width * width  # modulation, then the MLP's two layers
     gate = 2 * width * width
     first_layer = 2 * model.token_dim * width  # both branches share it

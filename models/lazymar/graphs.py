@@ -42,7 +42,7 @@ class CapturedFunction:
         try:
             self.inputs = [given.clone() for given in inputs]
             self.replay, self.output = capture(lambda: function(*self.inputs))
-            self.replay()  # the first replay still allocates memory on the device
+            self.replay()  # computes the output, which capturing does not; may still run out of memory
         except RuntimeError as error:
             raise CaptureError(str(first_cause(error))) from error
 

@@ -21,7 +21,8 @@ ROWS_PER_MATMUL = 4096  # modulations of several denoising steps are computed in
 class HeadCache:
     """The paper's head cache: what the denoising steps of one chain reuse. It holds the conditional branch alone.
 
-    mlp_outputs: each block's MLP output, before the gate; stored by full and warm-up steps, read by reuse steps.
+    mlp_outputs: MLP output, before the gate, of each block that is not skipped; stored by full and warm-up steps, read
+                 by reuse steps.
     residuals:   output - input of each consecutive group of skipped blocks, by its first block; stored by full steps.
     direction:   guidance direction, eps_cond - eps_uncond; stored by full steps. None without guidance.
     """
@@ -46,7 +47,7 @@ class HeadSampler:
 
         given = temperature, head.input_proj.weight.device, dtype
         self.denoiser = Solver(plan.solver, *given) if plan.solver else Ancestral(plan.timesteps, *given)
-        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; a solver's are no integers
+        times = head.time_embed(torch.from_numpy(np.array(plan.timesteps)))  # [S, W]; a solver's are fractions
         kinds = set(plan.kinds)
         self.times = {
             kind: torch.stack([time for time, its in zip(times, plan.kinds) if its is kind]) for kind in kinds
@@ -84,8 +85,9 @@ class HeadSampler:
             for kind, layers in self.modulation_layers.items()
         }
         steps_done = dict.fromkeys(self.times, 0)  # of each kind
-        for kind, count in self.plan.groups:
-            # Groups of equal kinds are cut further where a matmul of modulations ends.
+        # Denoising steps are done in groups of consecutive equal ones, cut where a matmul of modulations ends.
+        for kind, group in groupby(self.plan.kinds):
+            count = len(list(group))
             for *block_modulations, last_modulation in modulations[kind].at(steps_done[kind], count):
                 if kind is REUSE:
                     reused = self._cached_sum(block_modulations, cache, len(last_modulation))
@@ -118,7 +120,8 @@ class HeadSampler:
             for number in blocks:
                 shift, scale, gate = next(remaining).chunk(3, dim=-1)
                 update = self._mlp(number, h, shift, scale)
-                cache.mlp_outputs[number] = update[:num_tokens]
+                if REUSE in self.times and not skipped:
+                    cache.mlp_outputs[number] = update[:num_tokens]
                 h = torch.addcmul(h, gate, update)
             if skipped:
                 cache.residuals[blocks[0]] = (h - before)[:num_tokens]

@@ -46,11 +46,6 @@ class HeadPlan:
         """Noise draws per token: one where denoising starts, and one for each ancestral step."""
         return 1 if self.solver else 1 + len(self.kinds)
 
-    @property
-    def groups(self) -> list[tuple[DenoisingKind, int]]:
-        """The denoising steps as groups of consecutive equal ones: the kind and the size of each group."""
-        return [(kind, len(list(steps))) for kind, steps in itertools.groupby(self.kinds)]
-
 
 @dataclass(frozen=True)
 class Step:
@@ -61,7 +56,7 @@ class Step:
     previous_start:       first token predicted at the previous step; at a step that computes both branches, at the last
                           one that did. Tokens from there on are new to at least one branch.
     cfg:                  CFG scale; 1 at a step without guidance.
-    refresh:              True if the transformer computes all rows in each branch; always True in the baseline.
+    refresh:              True if the transformer computes all rows in each branch it runs; always True in the baseline.
     transformer_branches: branches that the transformer computes: 2, or the conditional one alone.
     reuses_tokens:        True if features of tokens before `previous_start` are read from the token cache.
     num_recomputed:       rows that are recomputed from the prune layer's attention on.
@@ -203,7 +198,7 @@ def plan_head(scheduled: ScheduledStep, policy: CachePolicy) -> tuple[tuple[Head
     """
 
     def kind(index: int, num_steps: int) -> DenoisingKind:
-        interval = count_of(policy.head_refresh_interval, num_steps)
+        interval = max(1, count_of(policy.head_refresh_interval, num_steps))
         if index == num_steps - 1 or index % interval == 0:
             return DenoisingKind.FULL
         return DenoisingKind.WARMUP if index > policy.head_warmup * num_steps else DenoisingKind.REUSE

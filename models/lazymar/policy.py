@@ -17,8 +17,8 @@ class CachePolicy:
     """LazyMAR's settings. The defaults are the paper's for 64 steps (arXiv 2503.12450 and the authors' code).
 
     Args:
-        start_step:            every autoregressive step before this one is a refresh step, which computes all rows in
-                               both branches; a value below 1 is a fraction of all steps.
+        start_step:            every autoregressive step before this one is a refresh step, which computes all rows, in
+                               both branches where guidance needs them; below 1, a fraction of all steps.
         refresh_interval:      distance between refresh steps from the start step on, which is one itself.
         refresh_steps:         the refresh steps themselves, in place of the two above; the first step always is one.
         prune_layer:           decoder block that chooses rows: from its attention on, only these are recomputed.

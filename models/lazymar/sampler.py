@@ -75,7 +75,7 @@ class Sampler:
 
         Args:
             noise:   the source of randomness; None: `ImageNoise` of seed 0 and images 0..B-1.
-            on_step: is called with each step once its work is queued on the device.
+            on_step: is called with each step once its work is queued; again from the first step on if capturing fails.
             known:   latents [B, C, h, w] at unit variance, whose tokens at the plan's known positions are kept as they
                      are; the others are not read. Needed if the plan has known positions, and only then.
 
@@ -135,6 +135,7 @@ class Sampler:
                 on_step(sampled)
         return latents
 
+    @torch.inference_mode()  # between steps, the caller's mode applies
     def steps(self, class_labels: Tensor, noise: Noise | None, latents: Tensor) -> Iterator[SampledStep]:
         """Sample like a call, one step at a time; `latents` [B, C, h, w] brings the known tokens, if the plan has some,
         and is filled after the last step."""
@@ -150,10 +151,6 @@ class Sampler:
                 f"noise.orders must be [{len(class_labels)}, {model.seq_len}] for these class_labels and this model, "
                 f"not {list(noise.orders.shape)}"
             )
-        with torch.inference_mode():
-            yield from self._steps(class_labels.to(self.device), noise, latents)
-
-    def _steps(self, class_labels: Tensor, noise: Noise, latents: Tensor) -> Iterator[SampledStep]:
         positions = self.positions(noise.orders.to(self.device))
         num_images = len(positions)
         if self.state is None or self.state.num_images != num_images:
@@ -163,7 +160,7 @@ class Sampler:
         tokens = torch.zeros(*positions.shape, self.model.token_dim, dtype=self.dtype, device=self.device)
         if num_known := len(self.plan.schedule.known):
             tokens[:, :num_known] = self.model.patchify(latents)[:, positions[0, :num_known]]
-        state.transformer.begin(class_labels, positions)
+        state.transformer.begin(class_labels.to(self.device), positions)
         for step in self.plan:
             draws = noise.draw(step.index, step.num_tokens)
             shape = (step.num_draws, num_images, step.num_tokens, self.model.token_dim)
@@ -185,10 +182,10 @@ class Sampler:
         order = orders.flip(1)  # MAR predicts the last token of its order first
         stages, known = self.plan.schedule.stages, self.plan.schedule.known
         if stages or known:
-            ranks = list(stages or [0] * self.model.seq_len)
+            stage_of = list(stages or [0] * self.model.seq_len)
             for position in known:
-                ranks[position] = -1
-            order = order.gather(1, torch.tensor(ranks, device=self.device)[order].argsort(dim=1, stable=True))
+                stage_of[position] = -1
+            order = order.gather(1, torch.tensor(stage_of, device=self.device)[order].argsort(dim=1, stable=True))
         ranges = [slice(0, len(known)), *(step.predicted for step in self.plan)]
         return torch.cat([order[:, each].sort(dim=1).values for each in ranges], dim=1)
 
@@ -197,7 +194,7 @@ class _State:
     """What batches of one size share: the transformer with its caches, and the executors."""
 
     def __init__(self, sampler: Sampler, num_images: int) -> None:
-        self.num_images, self.rank = num_images, sampler.plan.schedule.rank
+        self.num_images, self.score_tokens = num_images, sampler.plan.schedule.score_tokens
         self.transformer = Transformer(sampler.model, sampler.plan, num_images)
         self._dtype, self._heads = sampler.model.mask_token.dtype, sampler.heads
         # Steps of the transformer come in order, and read what earlier ones wrote. Calls of the head are independent.
@@ -211,14 +208,14 @@ class _State:
     def denoise(self, step: Step, conditions: Tensor, draws: Tensor, guidance: Tensor) -> Tensor:
         """Return the step's tokens [B, k, C], given the step's draws of noise [num_draws, B, k, C].
 
-        If there are several chains, the first takes the tokens that `Schedule.rank` scores highest, and so on.
+        If there are several chains, the first takes the tokens that `Schedule.score_tokens` scores highest, and so on.
         """
         heads, sizes = zip(*step.head_plans)
         if len(heads) == 1:
             return self._denoise(heads[0], conditions, draws, guidance)
-        assert self.rank is not None
+        assert self.score_tokens is not None
         tokens = torch.empty_like(draws[0])
-        by_score = self.rank(conditions[: self.num_images]).argsort(dim=1, descending=True, stable=True)
+        by_score = self.score_tokens(conditions[: self.num_images]).argsort(dim=1, descending=True, stable=True)
         for head, chosen in zip(heads, by_score.split(sizes, dim=1)):
             picked = chosen.sort(dim=1).values[..., None]
             branches = picked.repeat(len(conditions) // self.num_images, 1, 1)

@@ -1,6 +1,7 @@
 """What a step does: the tokens that it predicts, its CFG scale, and the timesteps of its denoising chains.
 
-A `Schedule` says nothing about caching. `mar_schedule` is MAR's own (arXiv 2406.11838).
+A `Schedule` says nothing about caching. `mar_schedule` makes MAR's own (arXiv 2406.11838) for plans made by hand;
+`models.methods` makes all others.
 """
 
 import math
@@ -32,7 +33,7 @@ class ScheduledStep(NamedTuple):
     """What one autoregressive step does.
 
     cfg:    the CFG scale, at least 1; 1 is a step without guidance.
-    chains: one for all of the step's tokens; or several, for the tokens as `Schedule.rank` orders them.
+    chains: one for all of the step's tokens; or several, for the tokens as `Schedule.score_tokens` orders them.
     """
 
     cfg: float
@@ -49,20 +50,21 @@ class Schedule:
     """The autoregressive steps, in order.
 
     Args:
-        steps:       one or more.
-        stages:      for each position of the token grid, a number; tokens are predicted in ascending order of it, and
-                     in random order where it is equal. None: in random order.
-        rank:        scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes
-                     the tokens with the highest scores.
-        known:       positions of the tokens that are known from the start (inpainting), ascending.
-        temperature: scales the noise of the denoising steps; with a solver, the initial noise.
+        steps:        one or more.
+        stages:       for each position of the token grid, a number; tokens are predicted in ascending order of it, and
+                      in random order where it is equal. None: in random order.
+        score_tokens: scores tokens [B, k] by their conditions [B, k, D]. If a step has several chains, the first takes
+                      the tokens with the highest scores.
+        known:        positions of the tokens that are known from the start (inpainting), ascending.
+        temperature:  scales the noise of the denoising steps; with a solver, the initial noise.
 
-    Raises ValueError for a step without tokens, and for a CFG scale or a temperature out of range.
+    Raises ValueError for a step without tokens, for several chains without `score_tokens`, and for a CFG scale or a
+    temperature out of range.
     """
 
     steps: tuple[ScheduledStep, ...]
     stages: tuple[int, ...] | None = None
-    rank: Callable[[Tensor], Tensor] | None = None
+    score_tokens: Callable[[Tensor], Tensor] | None = None
     known: tuple[int, ...] = ()
     temperature: float = 1.0
 
@@ -72,6 +74,8 @@ class Schedule:
         for number, step in enumerate(self.steps):
             if min((chain.num_tokens for chain in step.chains), default=0) < 1:
                 raise ValueError(f"tokens_per_step must be at least 1, but step {number} predicts none")
+            if len(step.chains) > 1 and self.score_tokens is None:
+                raise ValueError(f"score_tokens must be given, because step {number} has several chains")
             check_cfg(step.cfg)
 
     @property
@@ -86,35 +90,27 @@ def mar_schedule(
     num_iter: int = 64,
     tokens_per_step: Sequence[int] | None = None,
     cfg: float | Sequence[float] = 3.25,
-    cfg_schedule: str = "linear",
-    num_sampling_steps: int | SolverSteps = 100,
-    known: Sequence[int] = (),
+    num_sampling_steps: int = 100,
     temperature: float = 1.0,
 ) -> Schedule:
-    """Return MAR's schedule for images of `seq_len` tokens; it predicts those that are not known from the start.
+    """Return MAR's schedule for images of `seq_len` tokens.
 
     Args:
         num_iter:           autoregressive steps.
         tokens_per_step:    the number of tokens of each step, in place of `num_iter` and MAR's cosine.
-        cfg:                the CFG scale (1: no guidance), or one for each step.
-        cfg_schedule:       "linear" grows towards `cfg` with the number of predicted tokens; "constant" does not.
-        num_sampling_steps: denoising steps of each chain, or a few-step solver.
-        known:              positions of the tokens that are known from the start.
+        cfg:                the CFG scale (1: no guidance), by MAR's linear schedule; or a list of one for each step.
+        num_sampling_steps: denoising steps of each chain.
         temperature:        see `Schedule`.
 
     Raises ValueError, naming the argument, for one that is out of range.
     """
-    missing = seq_len - len(known)
-    counts = cosine_counts(missing, num_iter) if tokens_per_step is None else given_counts(missing, tokens_per_step)
-    scales = list(cfg) if isinstance(cfg, Sequence) else cfg_scales(counts, cfg, cfg_schedule)
+    counts = cosine_counts(seq_len, num_iter) if tokens_per_step is None else given_counts(seq_len, tokens_per_step)
+    scales = list(cfg) if isinstance(cfg, Sequence) else cfg_scales(counts, cfg, "linear")
     if len(scales) != len(counts):
         raise ValueError(f"cfg must be one scale, or one for each of {len(counts)} steps, not {len(scales)}")
-    if isinstance(num_sampling_steps, SolverSteps):
-        timesteps, solver = num_sampling_steps.timesteps, num_sampling_steps
-    else:
-        timesteps, solver = tuple(reversed(respaced_timesteps(num_sampling_steps))), None
-    chains = [(Chain(timesteps, count, solver),) for count in counts]
-    return Schedule(tuple(map(ScheduledStep, scales, chains)), known=tuple(known), temperature=temperature)
+    timesteps = tuple(reversed(respaced_timesteps(num_sampling_steps)))
+    steps = [ScheduledStep(scale, (Chain(timesteps, count),)) for scale, count in zip(scales, counts)]
+    return Schedule(tuple(steps), temperature=temperature)
 
 
 def given_counts(num_tokens: int, tokens_per_step: Sequence[int]) -> list[int]:

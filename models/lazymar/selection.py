@@ -28,7 +28,7 @@ class Similarity:
         self.previous = like.new_empty(num_sequences, num_rows, like.shape[-1])
 
     def begin(self, positions: Tensor) -> None:
-        """Start a batch. Nothing is to do: its first step is a refresh step, which fills `previous`."""
+        """Start a batch. Nothing to do: the first step is a refresh step, which fills `previous`."""
 
     @staticmethod
     def features(x: Tensor, keys_values: Tensor) -> Tensor:
