@@ -23,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 from models import MAR, PRESETS, Plan, Sampler
-from models.lazymar.flops import Flops
 from util.cli import Parser, number
 from util.errors import exits_cleanly
 from util.files import atomic_write, check_writable
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
                     "fastest": min(times),
                     "slowest": max(times),
                     "times_faster": median(seconds[args.method[0]]) / median(times),
-                    "tflops": Flops.of_steps(options[model, num_iter, method].flops).total / 1e12,
+                    "tflops": options[model, num_iter, method].flops.total / 1e12,
                 }
                 print(LINE.format(**row), flush=True)
                 results.append(row)
@@ -119,8 +118,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     several("--method", type=str.lower, default=["mar", "lazymar"], metavar="NAME", help="methods, see eval.py")
     several("--batch_sizes", type=number(int, 1), default=[1], metavar="N", help="images sampled together")
     several("--dtypes", choices=("auto", *DTYPES), default=["auto"], metavar="DTYPE", help="of weights and activations")
-    several("--num_iter", type=number(int, 1), default=[64], metavar="N", help="autoregressive steps, without stages")
-    add("--num_sampling_steps", type=number(int, 1), default=100, metavar="N", help="denoising steps, not annealed")
+    several("--num_iter", type=number(int, 1), default=[64], metavar="N", help="steps where a method sets none")
+    add("--num_sampling_steps", type=number(int, 1), default=100, metavar="N", help="denoising steps, likewise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
     add("--cuda_graphs", action=BooleanOptionalAction, default=True, help="on GPUs, replay captured CUDA graphs")
     add("--repeats", type=number(int, 1), default=3, metavar="N", help="runs of each method; the median counts")

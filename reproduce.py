@@ -19,7 +19,6 @@ import torch
 
 from benchmark import matmul_rate
 from eval import evaluate
-from models.lazymar.flops import Flops
 from models.presets import MAR_MODELS, PRESETS
 from util import machine
 from util.cli import Parser, number
@@ -91,8 +90,7 @@ def missing_files(runs: list[Options]) -> dict[str, str]:
         try:
             find_weights(options.resume, options.model)
             find_weights(options.vae_path, "the VAE")
-            if not options.statistics.exists():
-                Statistics.load(options.statistics, FEATURES_DIMS[options.preset.features])
+            Statistics.load(options.statistics, FEATURES_DIMS[options.preset.features])
         except InputError as error:
             missing[options.model] = str(error)
     return missing
@@ -108,7 +106,7 @@ def print_costs(runs: list[Options], device: torch.device, dtype: torch.dtype, n
         " paper: TFLOPs  code    FID      IS"
     )
     for options in runs:
-        plan, flops = options.plan, Flops.of_steps(options.flops).total
+        plan, flops = options.plan, options.flops.total
         lazy = [step.num_recomputed for step in plan if not step.refresh]
         rows = f"{lazy[0]}-{lazy[-1]}" if lazy else "all"
         hours = flops * options.num_images / rate / num_processes / 3600
@@ -134,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=PRESETS, default=list(MAR_MODELS), metavar="MODEL", help="models to evaluate")
     add("--num_images", type=count, metavar="N", help=f"images of a run (default: 50000, and 2000 of {SMALL_MODEL})")
     add("--eval_bsz", type=count, metavar="N", help=f"batch size (default: 128, and 25 of {SMALL_MODEL})")
-    add("--num_iter", type=count, default=64, metavar="N", help="autoregressive steps of methods without stages")
+    add("--num_iter", type=count, default=64, metavar="N", help="autoregressive steps where a method sets none")
     add("--num_sampling_steps", type=count, default=100, metavar="N", help="denoising steps where a method sets none")
     add("--seed", type=number(int, 0), default=0, metavar="SEED", help="seed of all images")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")

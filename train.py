@@ -1,7 +1,7 @@
 """Train a small MAR, on Fashion-MNIST or on a folder of images with a subfolder for each class.
 
 A training that was stopped continues when the same command is given again. It ends by writing the weights as
-safetensors. docs/training.md gives the reasons for how it is done, and what did not help.
+safetensors. docs/training.md gives the reasons.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def train(args: argparse.Namespace) -> None:
     1. **Context**: the transformer alone learns to predict unknown tokens from known ones by regression, whose gradient
        is clean where the diffusion loss's is noisy. It starts with attention to neighbours.
     2. **Diffusion**: the head learns to generate tokens, and the regression continues beside it.
-    3. **Finish**: the same at a third of the learning rate, with more training of the first denoising step.
+    3. **Finish**: the same at a third of the learning rate, with the first denoising step four times as often.
 
     With `--start_from`, the weights of an earlier training replace the first phase.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.schedule import NUM_TRAIN_STEPS, check_num_sampling_steps, respaced_timesteps
 from diffusion.solver import SolverSteps
-from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.flops import Flops, plan_flops
 from models.lazymar.noise import Noise
 from models.lazymar.plan import Plan, make_plan
 from models.lazymar.policy import REFERENCE_STEPS, CachePolicy, count_of
@@ -524,7 +524,7 @@ def count_flops(
     The arguments are those of `sample_tokens`, but `known` is the mask of known tokens alone.
     """
     plan = with_settings(model, method, settings).plan(model, cfg=cfg, cfg_schedule=cfg_schedule, known=known)
-    return Flops.of_steps(flops_per_step(model, plan))
+    return plan_flops(model, plan)
 
 
 def with_settings(model: MAR, method: Method | str, settings: Mapping[str, Any]) -> Method:

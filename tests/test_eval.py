@@ -168,7 +168,7 @@ def test_several_seeds_and_cfg_scales_make_a_run_each_with_means_and_a_table(tmp
     summary, other = written["cfgs"]
     assert (written["seeds"], written["num_images"], summary["cfg"], other["cfg"]) == ([0, 3], 4, 5, 1.5)
     assert summary["mean"]["frechet_inception_distance"] == pytest.approx(np.mean(fids))
-    assert summary["spread"]["frechet_inception_distance"] == pytest.approx(np.std(fids, ddof=1)) != 0
+    assert summary["std"]["frechet_inception_distance"] == pytest.approx(np.std(fids, ddof=1)) != 0
     table = capsys.readouterr().out.rpartition("seeds 0, 3, 4 images each")[2].splitlines()
     assert table[1].split() == ["cfg", "5", "1.5"] and any(
         line.startswith("frechet_inception_distance ") for line in table

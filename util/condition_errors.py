@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import MAR, CachePolicy, Sampler, Schedule, make_plan
-from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.flops import plan_flops
 from models.lazymar.transformer import Transformer
-from util.metrics import Spread
+from util.metrics import Estimate
 
 PAPER = CachePolicy()
 ROW_GROUPS = ("tokens predicted at the step before", "tokens predicted at this step", "all other rows")
@@ -56,7 +56,7 @@ def make_teacher(model: MAR, schedule: Schedule, class_labels: Tensor, seed: int
 
 @torch.inference_mode()
 def condition_errors(model: MAR, teacher: Teacher, policy: CachePolicy) -> np.ndarray:
-    """Return errors [2, S, B] of a policy's conditions, by step and image: means over the tokens of the step.
+    """Return errors [2, T, B] of a policy's conditions, by step and image: means over the tokens of the step.
 
     The first are lengths of the conditional branch's error, relative to the teacher's `spread`; the second those of the
     guidance direction's (conditional minus unconditional), relative to its own length, nan without guidance.
@@ -77,11 +77,11 @@ def condition_errors(model: MAR, teacher: Teacher, policy: CachePolicy) -> np.nd
     return torch.stack(errors, dim=1).cpu().numpy()
 
 
-def mean_errors(errors: np.ndarray) -> list[Spread]:
-    """Return the means of both errors [2, S, B] over the steps and images, with standard errors over the images."""
+def mean_errors(errors: np.ndarray) -> list[Estimate]:
+    """Return the means of both errors [2, T, B] over the steps and images, with standard errors over the images."""
     per_image = np.nanmean(errors, axis=1)
     standard_errors = per_image.std(axis=1, ddof=1) / math.sqrt(per_image.shape[1])
-    return [Spread(*pair) for pair in zip(per_image.mean(axis=1).tolist(), standard_errors.tolist())]
+    return [Estimate(*pair) for pair in zip(per_image.mean(axis=1).tolist(), standard_errors.tolist())]
 
 
 def measure_policies(
@@ -92,7 +92,7 @@ def measure_policies(
     for policy in tqdm({policy for group in policies.values() for policy in group.values()}, desc="condition errors"):
         errors = condition_errors(model, teacher, policy)
         plan = make_plan(teacher.schedule, policy, buffer_size=model.buffer_size)
-        flops = Flops.of_steps(flops_per_step(model, plan)).total
+        flops = plan_flops(model, plan).total
         by_step, refreshes = np.nanmean(errors, axis=2).tolist(), [step.index for step in plan if step.refresh]
         measured[policy] = {"means": mean_errors(errors), "by_step": by_step, "refreshes": refreshes, "flops": flops}
     return {name: {label: measured[policy] for label, policy in group.items()} for name, group in policies.items()}
@@ -103,9 +103,9 @@ def measure_redundancy(model: MAR, teacher: Teacher) -> dict[str, list[list[floa
     """Compare each step of the baseline, given the teacher's tokens, with earlier ones.
 
     Returns means over images and rows:
-        change: [S - 1, 3] by step and `ROW_GROUPS`: 1 - cosine similarity of the prune layer's values to the step
+        change: [T - 1, 3] by step and `ROW_GROUPS`: 1 - cosine similarity of the prune layer's values to the step
                 before.
-        errors: [D, 2] by distance in steps and `REUSED`: relative error of the unconditional branch's output.
+        errors: [N, 2] by distance in steps and `REUSED`: relative error of the unconditional branch's output.
     """
     plan, num_images = make_plan(teacher.schedule, buffer_size=model.buffer_size), len(teacher.class_labels)
     classes = torch.cat([model.class_emb(teacher.class_labels), model.fake_latent.expand(num_images, -1)])

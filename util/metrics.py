@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from util.download import download_command
 from util.errors import InputError, why_unreadable
 from util.extractors import DINOV2_DIM, import_torch_fidelity
 from util.files import atomic_write
@@ -82,10 +83,9 @@ class Statistics:
         except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy's header parser
             faults = [why_unreadable(error)]
         if faults:
-            raise InputError(
-                f"the statistics file {path} cannot be used ({'; '.join(faults)}): make one with `python score.py "
-                "statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE`"
-            )
+            command = "python score.py statistics FOLDER_OR_NPZ --keep_features 10000 --fd_dinov2 --output FILE"
+            way_out = (not path.exists() and download_command(path)) or f"make one with `{command}`"
+            raise InputError(f"the statistics file {path} cannot be used ({'; '.join(faults)}): {way_out}")
         if "features" in arrays:
             arrays["features"] = arrays["features"].astype(np.float32)
         return cls(**arrays)
@@ -217,14 +217,14 @@ def score(
             return [of_part[key] for key in keys]
 
         groups = groups_of_images(np.random.RandomState(0).permutation(num_images) if labels is None else labels)
-        scores["standard_errors"] = {key: spread.error for key, spread in zip(keys, jackknife(measure, groups))}
+        scores["standard_errors"] = {key: estimate.error for key, estimate in zip(keys, jackknife(measure, groups))}
     return scores
 
 
 # Standard errors
 
 
-class Spread(NamedTuple):
+class Estimate(NamedTuple):
     """A number and its standard error, which is nan if it is not known."""
 
     value: float
@@ -241,7 +241,7 @@ def groups_of_images(labels: Sequence[int] | np.ndarray) -> np.ndarray:
     return groups
 
 
-def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarray) -> list[Spread]:
+def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarray) -> list[Estimate]:
     """Return numbers that are measured on all images, each with its standard error, nan if there is only one group.
 
     Args:
@@ -250,10 +250,10 @@ def jackknife(measure: Callable[[np.ndarray], Sequence[float]], groups: np.ndarr
     """
     values, numbers = measure(np.ones(len(groups), bool)), np.unique(groups)
     if len(numbers) < 2:
-        return [Spread(value, math.nan) for value in values]
+        return [Estimate(value, math.nan) for value in values]
     left_out = np.array([measure(groups != number) for number in numbers], float)
     errors = left_out.std(axis=0) * math.sqrt(len(numbers) - 1)
-    return [Spread(float(value), float(error)) for value, error in zip(values, errors)]
+    return [Estimate(float(value), float(error)) for value, error in zip(values, errors)]
 
 
 def read_scores(metrics: Mapping[str, Any]) -> dict[Number, float | None]:

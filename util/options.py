@@ -16,7 +16,7 @@ import torch
 import models
 from diffusion.solver import SolverSteps
 from models import MAR, METHODS, PRESETS, AnnealedSteps, CachePolicy, DetailedTokens, Method, Plan, Preset, find_method
-from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.flops import Flops, plan_flops
 from models.lazymar.sampler import SAMPLER_VERSION
 from models.lazymar.schedule import CFG_SCHEDULES
 from models.lazymar.selection import RULES
@@ -75,9 +75,9 @@ class Options:
         return self.method.plan(self.meta_model, cfg=self.cfg, cfg_schedule=self.cfg_schedule)
 
     @functools.cached_property
-    def flops(self) -> list[Flops]:
-        """The FLOPs of each step of sampling one image."""
-        return flops_per_step(self.meta_model, self.plan)
+    def flops(self) -> Flops:
+        """The FLOPs of sampling one image."""
+        return plan_flops(self.meta_model, self.plan)
 
     def labels(self) -> list[int]:
         """The class of each image."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import MAR, PRESETS, AutoencoderKL, Method, Plan, Preset, Sampler
-from models.lazymar.flops import Flops, flops_per_step
+from models.lazymar.flops import Flops, plan_flops
 from models.lazymar.plan import Step
 from models.lazymar.sampler import SampledStep
 from models.methods import with_settings
@@ -166,7 +166,7 @@ class MARPipeline:
             if known is not None:
                 images = torch.where(repainted.to(images.device), images, original.to(images.device))
             images = as_type(images, output_type)
-        flops = Flops.of_steps(flops_per_step(self.model, plan))
+        flops = plan_flops(self.model, plan)
         return PipelineOutput(images, plan, flops, time.perf_counter() - start)
 
     def _follow(
@@ -180,7 +180,13 @@ class MARPipeline:
             is_known |= known.to(device)
             tokens += model.patchify(latents) * is_known[..., None]
 
+        known_before, tokens_before = is_known.clone(), tokens.clone()
+
         def on_step(sampled: SampledStep) -> None:
+            if sampled.step.index == 0:  # perhaps again: a batch that fails with CUDA graphs is sampled once more
+                bar.reset()
+                is_known.copy_(known_before)
+                tokens.copy_(tokens_before)
             bar.update()
             if callback is not None:
                 is_known.scatter_(1, sampled.positions, True)

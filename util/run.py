@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from models import MAR, AutoencoderKL
-from models.lazymar.flops import Flops
 from util import machine
 from util.errors import InputError
 from util.extractors import FEATURES_DIMS, Extractor, load_extractor
@@ -39,8 +37,6 @@ class Run:
 
     job: Job
     options: Options
-    device: torch.device
-    dtype: torch.dtype
     settings: dict[str, Any]
     environment: dict[str, Any]
     folder: RunFolder
@@ -91,7 +87,7 @@ class Run:
             if time.monotonic() > deadline:
                 raise InputError(f"{self.folder.path} has lost images {lost[:9]}; {GO_ON}")
             time.sleep(1)
-        options, flops, seconds = self.options, Flops.of_steps(self.options.flops), self.folder.seconds()
+        options, flops, seconds = self.options, self.options.flops, self.folder.seconds()
         method = describe_method(options.method_name, options.method)
         metrics = {"num_images": options.num_images, "method": method, "flops_per_image": flops.total}
         metrics |= {"flops_by_part": flops._asdict(), **seconds, **self._scores()}
@@ -163,7 +159,7 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
         num_saved = options.num_images if options.save_images else GRID_IMAGES
         folder = RunFolder(options.output_dir, options.labels(), num_saved)
         missing = job.share(folder.missing)
-        run = Run(job, options, device, dtype, settings, environment, folder, missing, networks, extractor, reference)
+        run = Run(job, options, settings, environment, folder, missing, networks, extractor, reference)
         there = options.num_images - len(missing)
         job.print0(f"{folder.path}: {there:,} of {options.num_images:,} images are there")
         if options.class_labels is None and options.num_images % options.class_num:
@@ -176,9 +172,9 @@ def open_run(job: Job, options: Options) -> Iterator[Run]:
 
 
 def evaluate_sweep(job: Job, options: Options, evaluate: Callable[[Job, Options], dict]) -> dict[str, Any]:
-    """Evaluate each run of a sweep, in a folder of its own, and write mean and spread over the seeds of each CFG scale.
+    """Evaluate each run of a sweep, in a folder of its own, where it goes on if it was cut off.
 
-    `cfgs.json` holds the summary. Each run goes on where it was cut off.
+    `cfgs.json` holds a summary: mean and standard deviation over the seeds of each CFG scale.
 
     Raises:
         InputError: as `evaluate`; or one of the folders holds a run with other settings.
@@ -196,18 +192,18 @@ def evaluate_sweep(job: Job, options: Options, evaluate: Callable[[Job, Options]
 
 
 def summarise_sweep(runs: Sequence[Options], metrics: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    """Return mean and spread (sample standard deviation) over the seeds of each CFG scale, and a table of them."""
+    """Return mean and sample standard deviation over the seeds of each CFG scale, and a table of them."""
     names = [name for name, value in metrics[0].items() if isinstance(value, float) and not name.endswith("_std")]
     seeds = list(dict.fromkeys(run.seed for run in runs))
     summaries, rows = [], {name: f"{name:30s}" for name in ("cfg", *names)}
     for cfg in dict.fromkeys(run.cfg for run in runs):
         values = {name: [each[name] for run, each in zip(runs, metrics) if run.cfg == cfg] for name in names}
         mean = {name: statistics.mean(each) for name, each in values.items()}
-        spread = {name: statistics.stdev(each) for name, each in values.items() if len(each) > 1}
-        summaries.append({"cfg": cfg, "mean": mean, "spread": spread})
+        std = {name: statistics.stdev(each) for name, each in values.items() if len(each) > 1}
+        summaries.append({"cfg": cfg, "mean": mean, "std": std})
         rows["cfg"] += f"{cfg:>20.15g}"
         for name in names:
-            cell = f"{mean[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread else "")
+            cell = f"{mean[name]:.4g}" + (f" ± {std[name]:.2g}" if std else "")
             rows[name] += f"{cell:>20s}"
     title = f"seeds {', '.join(map(str, seeds))}, {runs[0].num_images:,} images each: mean ± standard deviation"
     return {"seeds": seeds, "num_images": runs[0].num_images, "cfgs": summaries}, "\n".join([title, *rows.values()])

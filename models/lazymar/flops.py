@@ -2,7 +2,6 @@
 counter."""
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from models.diffloss import NUM_FREQUENCIES
@@ -22,26 +21,19 @@ class Flops(NamedTuple):
         """The sum of the parts."""
         return sum(self)
 
-    @classmethod
-    def of_steps(cls, steps: Iterable["Flops"]) -> "Flops":
-        """Return the sum over steps."""
-        return cls(*map(sum, zip(*steps)))
 
-
-def flops_per_step(model: MAR, plan: Plan) -> list[Flops]:
-    """Return the FLOPs of each step for one image. `model` may be on any device, "meta" too.
-
-    What is computed once per batch or per sampler is in the first step: the first decoder block's projections of masked
-    tokens, and the embeddings of the timesteps.
-    """
-    parts = ((encoder_flops(model, step), decoder_flops(model, plan, step), head_flops(model, step)) for step in plan)
-    steps = [Flops(*each) for each in parts]
+def plan_flops(model: MAR, plan: Plan) -> Flops:
+    """Return the FLOPs of sampling one image by a plan. `model` may be on any device, "meta" too."""
     width, head_width = model.mask_token.shape[-1], model.diffloss.net.input_proj.out_features
     timesteps = sum(len(head_plan.kinds) for head_plan in plan.distinct_head_plans)
+    # Computed once: the first decoder block's projections of masked tokens, and the embeddings of the timesteps.
     once_in_decoder = 2 * model.seq_len * width * 3 * width
     once_in_head = 2 * timesteps * head_width * (2 * NUM_FREQUENCIES + head_width)
-    first = steps[0]
-    return [Flops(first.encoder, first.decoder + once_in_decoder, first.head + once_in_head), *steps[1:]]
+    return Flops(
+        encoder=sum(encoder_flops(model, step) for step in plan),
+        decoder=once_in_decoder + sum(decoder_flops(model, plan, step) for step in plan),
+        head=once_in_head + sum(head_flops(model, step) for step in plan),
+    )
 
 
 def block_flops(block: Block, projected: int, queries: int, keys: int) -> int:

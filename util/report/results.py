@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from models.lazymar.flops import Flops
 from util.errors import InputError
 from util.extractors import FEATURES_DIMS
 from util.folder import RunFolder, open_finished
-from util.metrics import Spread, Statistics, groups_of_images, jackknife, read_scores, score
+from util.metrics import Estimate, Statistics, groups_of_images, jackknife, read_scores, score
 from util.options import Options, describe_method
 
 
@@ -28,7 +27,7 @@ class Row:
         with contextlib.suppress(InputError):
             _, self.metrics, self.folder = open_finished(options.output_dir)
         self.method = self.metrics.get("method") or describe_method(options.method_name, options.method)
-        self.flops = self.metrics.get("flops_per_image") or Flops.of_steps(options.flops).total
+        self.flops = self.metrics.get("flops_per_image") or options.flops.total
         self.seconds = self.metrics.get("sampling_seconds")
         self.scores = read_scores(self.metrics)
         self.fid, self.inception_score, *_ = [*self.scores.values(), None, None]
@@ -41,7 +40,7 @@ class Row:
         return f"{day}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def compare(row: Row, baseline: Row) -> dict[str, Spread]:
+def compare(row: Row, baseline: Row) -> dict[str, Estimate]:
     """Compare a run with the baseline of the same seeds: numbers by name, with standard errors.
 
     "intended" is the share of the images in which the classifier sees the class that was asked for. Nothing is returned
