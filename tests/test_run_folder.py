@@ -77,10 +77,12 @@ def test_overwriting_leaves_what_is_not_of_the_run(folder):
     with pytest.raises(InputError, match=r"run\.json is damaged .* --overwrite"):
         begin(folder.path, SETTINGS, {})
     (folder.path / "notes.txt").write_text("mine")
+    (folder.path / "plots").mkdir()
+    (folder.path / "plots" / "fid.png").write_text("mine")
     (folder.path / "images" / "holiday.jpg").write_text("mine too")
     begin(folder.path, {"seed": 1}, {}, overwrite=True)
     left = sorted(path.name for path in folder.path.rglob("*.*"))
-    assert left == [".lock", "holiday.jpg", "notes.txt", "run.json"]
+    assert left == [".lock", "fid.png", "holiday.jpg", "notes.txt", "run.json"]
     assert json.loads((folder.path / "run.json").read_text())["settings"] == {"seed": 1}
 
 

@@ -30,6 +30,7 @@ from util.images import encode_png, image_grid
 from util.processes import GO_ON
 
 PAIRS_PER_ROW, PAIRS_SHOWN = 10, 40  # of `side_by_side`
+IMAGES = ("images/*.png", "batches/*.npz")  # what a run consists of
 FACTS = ("indices", "png_bytes", "sample_seconds", "decode_seconds", "first")  # of a record, besides outputs
 
 
@@ -199,7 +200,7 @@ def open_folder(
 def _begin_or_continue(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
     for file in path.rglob(".*.partial"):
         file.unlink(missing_ok=True)
-    for pattern in ("images/*.png", "batches/*.npz", "grid.png", "metrics.json", "run.json") if overwrite else ():
+    for pattern in (*IMAGES, "grid.png", "metrics.json", "run.json") if overwrite else ():
         for file in path.glob(pattern):
             file.unlink()
     if not _has_images(path):
@@ -225,7 +226,7 @@ def check_folder(path: Path, settings: Mapping[str, Any], overwrite: bool = Fals
 
 
 def _has_images(path: Path) -> bool:
-    return any(file.suffix in (".png", ".npz") for file in path.glob("*/*"))
+    return any(next(path.glob(pattern), None) for pattern in IMAGES)
 
 
 def _read(file: Path) -> dict[str, Any]:
